@@ -1,0 +1,1 @@
+"""nanodrift: a compact LLM serving engine that runs prefill and decode at once on one GPU."""

@@ -1,0 +1,11 @@
+"""Decides once how Triton kernels run in this test session: compiled on a GPU, or in Triton's interpreter without one.
+
+The variable must be set before any module with ``@triton.jit`` is imported, hence at the top of this file.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
