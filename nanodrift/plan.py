@@ -1,0 +1,133 @@
+"""The messages between scheduler and executor: frozen, made of ids, ranges and block numbers, never of tensors.
+
+The scheduler decides what runs and says it in these words; an executor (GPU, CPU, simulated) carries it out and answers
+with Completions. A recorded list of them is a complete account of a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Lane(Enum):
+    """The two sides of the device. At most a few pieces of work are in flight on each."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A division of the device's SMs between the lanes; a lane that has the whole chip leaves the other none.
+
+    ``is_shared`` marks whole-chip lanes: each may use every SM, and they take turns.
+    """
+
+    prefill_sms: int
+    decode_sms: int
+    is_shared: bool = False
+
+
+@dataclass(frozen=True)
+class RowParams:
+    """What the sampler must know of a request, written into its device row when its last prompt token is computed."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    banned_token_ids: tuple[int, ...] = ()  # held back (eos and stop ids) ...
+    min_position: int = 0  # ... while the new token's position is below this
+
+
+@dataclass(frozen=True)
+class NewBlocks:
+    """Blocks a request was given: entries ``first_index`` onward of its block-table row."""
+
+    row: int
+    first_index: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PrefillSlice:
+    """The part of one request's tokens that a prefill computes: positions start .. start + len(token_ids)."""
+
+    request_id: str
+    row: int
+    start: int
+    token_ids: tuple[int, ...]
+    params: RowParams | None = None  # given iff this slice ends the prompt, so that a token is sampled after it
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class PrefillWork:
+    """Layers [first_layer, last_layer) of one token chunk. The pieces of a chunk share ``batch_id`` and come in order.
+
+    The executor keeps the chunk's hidden states between its pieces; the piece whose ``is_last`` is set samples.
+    """
+
+    batch_id: int
+    slices: tuple[PrefillSlice, ...]
+    first_layer: int
+    last_layer: int
+    is_last: bool
+    new_blocks: tuple[NewBlocks, ...] = ()  # only with the first piece
+
+    lane = Lane.PREFILL
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(s.token_ids) for s in self.slices)
+
+
+@dataclass(frozen=True)
+class DecodeWork:
+    """One token for each request. Tokens and positions already lie in the device rows."""
+
+    request_ids: tuple[str, ...]
+    rows: tuple[int, ...]
+    positions: tuple[int, ...]  # of the token each row feeds in: the executor's tables hold the same
+    has_filter: bool = False  # some row needs top-k, top-p or min-p
+    has_ban: bool = False  # some row is below its min_tokens
+    new_blocks: tuple[NewBlocks, ...] = ()
+
+    lane = Lane.DECODE
+
+
+@dataclass(frozen=True)
+class FusedWork:
+    """A prefill chunk (all layers) and a decode step in one pass over the weights. Occupies both lanes."""
+
+    prefill: PrefillWork
+    decode: DecodeWork
+
+    lane = None
+
+
+Work = PrefillWork | DecodeWork | FusedWork
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Names one launched piece of work; tickets count up in launch order."""
+
+    number: int
+    work: Work
+    partition: Partition
+    launched_s: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A ticket is done: the tokens it sampled, by request id, in the work's own order."""
+
+    ticket: Ticket
+    finished_s: float  # on the executor's clock, when the host saw it
+    tokens: tuple[tuple[str, int], ...] = ()

@@ -1,0 +1,131 @@
+"""What a user asked for, how far it has come, and when each of its tokens arrived.
+
+The only home of per-request timestamps. Knows nothing about devices, text or policy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from nanodrift.config import SLO
+
+MAX_STOP_TOKEN_IDS = 16  # ids that min_tokens can hold back on the device
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop. Field names and defaults as in the OpenAI and vLLM APIs."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    seed: int | None = None
+
+    def __post_init__(self):
+        def check(ok: bool, message: str):
+            if not ok:
+                raise ValueError(message)
+
+        for name in ("temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            check(
+                isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+                f"{name} must be a finite number, got {value!r}",
+            )
+        for name in ("top_k", "max_tokens", "min_tokens"):
+            value = getattr(self, name)
+            check(isinstance(value, int) and not isinstance(value, bool), f"{name} must be an integer, got {value!r}")
+        check(0 <= self.temperature <= 100, f"temperature must lie between 0 and 100, got {self.temperature}")
+        check(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
+        check(self.top_k >= 0, f"top_k must be 0 (off) or a positive integer, got {self.top_k}")
+        check(0 <= self.min_p <= 1, f"min_p must lie in [0, 1], got {self.min_p}")
+        check(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
+        check(
+            0 <= self.min_tokens <= self.max_tokens,
+            f"min_tokens must lie between 0 and max_tokens ({self.max_tokens}), got {self.min_tokens}",
+        )
+        stops = self.stop_strings
+        check(
+            len(stops) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} stop strings are supported, got {len(stops)}"
+        )
+        check(all(isinstance(s, str) and s for s in stops), "every stop string must be a non-empty string")
+        ids = self.stop_token_ids or []
+        check(
+            all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids),
+            f"stop_token_ids must be non-negative integers, got {ids!r}",
+        )
+        check(len(ids) <= MAX_STOP_TOKEN_IDS, f"at most {MAX_STOP_TOKEN_IDS} stop_token_ids are supported")
+        seed = self.seed
+        check(
+            seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63),
+            f"seed must be a 64-bit integer or None, got {seed!r}",
+        )
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def has_filter(self) -> bool:
+        """True if the logits must be filtered before a token is drawn (off the hot path)."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+class RequestState(Enum):
+    WAITING = "waiting"  # in the queue; holds no blocks
+    PREFILL = "prefill"  # holds a row and blocks; its prompt is being computed
+    RUNNING = "running"  # decodes
+    FINISHED = "finished"
+
+
+@dataclass
+class Request:
+    """One request from arrival to end. The scheduler owns every field below ``slo``."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_s: float = 0.0
+    slo: SLO = SLO()
+    stop_token_ids: frozenset[int] = frozenset()  # eos ids (unless ignored) and the user's own
+    seed: int = 0
+
+    state: RequestState = RequestState.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0  # tokens whose KV is valid or launched to become so
+    num_launched_tokens: int = 0  # output tokens launched and not yet read, on top of output_token_ids
+    row: int | None = None  # its place in the device's per-request tables
+    block_ids: list[int] = field(default_factory=list)
+    num_preemptions: int = 0
+    finish_reason: str | None = None  # stop | length | abort
+    stop_reason: int | str | None = None  # the stop token id or stop string that ended it
+    token_s: list[float] = field(default_factory=list)  # when the host saw each output token
+    scheduled_s: float | None = None  # first time it left the queue
+    finished_s: float | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.prompt_token_ids + self.output_token_ids
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def first_token_s(self) -> float | None:
+        return self.token_s[0] if self.token_s else None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is RequestState.FINISHED
