@@ -7,6 +7,8 @@ two passes are in flight at once. Built from plan messages; knows nothing of que
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,8 @@ import torch
 from nanodrift.config import BLOCK_SIZE
 from nanodrift.plan import DecodeWork, NewBlocks, PrefillWork, RowParams
 from nanodrift.request import MAX_STOP_TOKEN_IDS
+
+Upload = Callable[[array], torch.Tensor]  # 32-bit ints of the host -> an int32 tensor on the device, stream-ordered
 
 
 @dataclass
@@ -32,7 +36,9 @@ class Batch:
     query_starts: torch.Tensor | None = None  # [R + 1] cumulative
     prefill_context_lens: torch.Tensor | None = None  # [R] cached and new tokens
     max_query_len: int = 0  # upper bound of the slices' lengths
-    decode_context_lens: torch.Tensor | None = None  # [B] = positions + 1, 0 for padding
+    decode_context_lens: torch.Tensor | None = None  # [B] = positions + 1
+    sample_rows: torch.Tensor | None = None  # [Q] rows of the sampled tokens
+    sample_positions: torch.Tensor | None = None  # [Q] and their positions
 
     @property
     def num_tokens(self) -> int:
@@ -66,3 +72,95 @@ class Rows:
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, torch.Tensor))
+
+    @property
+    def spare_row(self) -> int:
+        """A row nobody owns: what padding reads, so that gathers stay in bounds."""
+        return self.num_rows
+
+    def assign_blocks(self, new_blocks: tuple[NewBlocks, ...], upload: Upload) -> None:
+        """Enters newly given blocks into the block table."""
+        if not new_blocks:
+            return
+        places, block_ids = array("i"), array("i")
+        for new in new_blocks:
+            start = new.row * self.max_blocks + new.first_index
+            places.extend(range(start, start + len(new.block_ids)))
+            block_ids.extend(new.block_ids)
+        places, block_ids = upload(places + block_ids).chunk(2)
+        self.block_table.view(-1).index_copy_(0, places.long(), block_ids)
+
+    def set_params(self, rows_and_params: list[tuple[int, RowParams]], upload: Upload) -> None:
+        """Writes the sampling parameters of requests whose prompt is about to be complete."""
+        if not rows_and_params:
+            return
+        num = len(rows_and_params)
+        ints = array("i", [row for row, _ in rows_and_params])
+        for name in ("top_k", "min_position"):
+            ints.extend(getattr(params, name) for _, params in rows_and_params)
+        for name in ("temperature", "top_p", "min_p"):
+            ints.frombytes(array("f", [getattr(params, name) for _, params in rows_and_params]).tobytes())
+        ints.frombytes(array("q", [params.seed for _, params in rows_and_params]).tobytes())
+        for _, params in rows_and_params:
+            ids = params.banned_token_ids
+            ints.extend(ids + (-1,) * (MAX_STOP_TOKEN_IDS - len(ids)))
+        device_ints = upload(ints)
+        columns = device_ints[: 6 * num].view(6, num)
+        rows = columns[0].long()
+        self.top_k.index_copy_(0, rows, columns[1])
+        self.min_position.index_copy_(0, rows, columns[2])
+        for table, column in zip((self.temperature, self.top_p, self.min_p), columns[3:6], strict=True):
+            table.index_copy_(0, rows, column.view(torch.float32))
+        self.seed.index_copy_(0, rows, device_ints[6 * num : 8 * num].view(torch.int64))
+        banned = device_ints[8 * num : (8 + MAX_STOP_TOKEN_IDS) * num].view(num, MAX_STOP_TOKEN_IDS)
+        self.banned.index_copy_(0, rows, banned)
+
+
+def build_batch(rows: Rows, prefill: PrefillWork | None, decode: DecodeWork | None, upload: Upload) -> Batch:
+    """Lays out a pass over a prefill chunk, a decode step, or both, with a single copy to the device."""
+    slices = prefill.slices if prefill else ()
+    token_ids, positions, token_rows = array("i"), array("i"), array("i")
+    starts, sampled = array("i", [0]), array("i")
+    for piece in slices:
+        token_ids.extend(piece.token_ids)
+        positions.extend(range(piece.start, piece.end))
+        token_rows.extend([piece.row] * len(piece.token_ids))
+        starts.append(len(token_ids))
+        if piece.params is not None:
+            sampled.append(len(token_ids) - 1)
+    num_prefill_tokens = len(token_ids)
+    if decode:
+        sampled.extend(range(num_prefill_tokens, num_prefill_tokens + len(decode.rows)))
+        token_ids.extend([0] * len(decode.rows))  # they lie on the device, in the rows
+        positions.extend(decode.positions)
+        token_rows.extend(decode.rows)
+    parts = [
+        token_ids,
+        positions,
+        token_rows,
+        sampled,
+        array("i", [token_rows[i] for i in sampled]),
+        array("i", [positions[i] for i in sampled]),
+        array("i", [piece.row for piece in slices]),
+        array("i", [piece.end for piece in slices]),
+        starts,
+    ]
+    device_parts = upload(sum(parts, array("i"))).split([len(part) for part in parts])
+    batch = Batch(
+        token_ids=device_parts[0],
+        positions=device_parts[1],
+        rows=device_parts[2],
+        sample_indices=device_parts[3],
+        sample_rows=device_parts[4],
+        sample_positions=device_parts[5],
+        num_prefill_tokens=num_prefill_tokens,
+        prefill_rows=device_parts[6],
+        prefill_context_lens=device_parts[7],
+        query_starts=device_parts[8],
+        max_query_len=max((len(piece.token_ids) for piece in slices), default=0),
+    )
+    if decode:
+        decode_rows = batch.rows[num_prefill_tokens:]
+        torch.index_select(rows.last_token, 0, decode_rows, out=batch.token_ids[num_prefill_tokens:])
+        batch.decode_context_lens = batch.positions[num_prefill_tokens:] + 1
+    return batch

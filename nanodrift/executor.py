@@ -51,10 +51,8 @@ class Executor(Protocol):
         """Starts the work and returns at once. Work of one lane runs in launch order."""
 
     def wait(self, until_s: float | None) -> list[Completion]:
-        """Returns as soon as something has finished, or at ``until_s``; at once if nothing is in flight."""
-
-    def release(self, row: int) -> None:
-        """The request that held this row has ended or was preempted, and no work in flight touches it."""
+        """Returns as soon as something has finished, or at ``until_s``. With nothing in flight it sleeps until then, and
+        returns at once when ``until_s`` is None."""
 
     def close(self) -> None:
         """Gives back the device's memory."""

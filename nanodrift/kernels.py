@@ -4,8 +4,8 @@
 nobody ever imports it under its bare name. A module with a ``__path__`` is a package to Python: this file points it at
 ``nanodrift/kernels/`` (a wheel) or ``../kernels/`` (a checkout), whichever holds the kernels.
 
-Triton exists on Linux only. Where it is missing a stand-in takes its place whose ``jit`` returns the function unchanged,
-so that every torch reference still imports and the CPU engine runs; calling a kernel there is an error.
+Triton exists on Linux only. Where it is missing a stand-in takes its place whose ``jit`` returns the function
+unchanged, so that every torch reference still imports and the CPU engine runs; calling a kernel there is an error.
 """
 
 import importlib.util

@@ -41,6 +41,11 @@ class RowParams:
     banned_token_ids: tuple[int, ...] = ()  # held back (eos and stop ids) ...
     min_position: int = 0  # ... while the new token's position is below this
 
+    @property
+    def has_filter(self) -> bool:
+        """True if the logits must be filtered before a token is drawn (off the hot path)."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
 
 @dataclass(frozen=True)
 class NewBlocks:

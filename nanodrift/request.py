@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from nanodrift.config import SLO
+from nanodrift.plan import RowParams
 
 MAX_STOP_TOKEN_IDS = 16  # ids that min_tokens can hold back on the device
 MAX_STOP_STRINGS = 16
@@ -76,11 +77,6 @@ class SamplingParams:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    @property
-    def has_filter(self) -> bool:
-        """True if the logits must be filtered before a token is drawn (off the hot path)."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
-
 
 class RequestState(Enum):
     WAITING = "waiting"  # in the queue; holds no blocks
@@ -97,14 +93,17 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_s: float = 0.0
-    slo: SLO = SLO()
+    slo: SLO = field(default_factory=SLO)
     stop_token_ids: frozenset[int] = frozenset()  # eos ids (unless ignored) and the user's own
     seed: int = 0
 
+    number: int = 0  # counts up in order of arrival
+    row_params: RowParams = field(default_factory=RowParams)  # what the device's sampler needs of params
     state: RequestState = RequestState.WAITING
     output_token_ids: list[int] = field(default_factory=list)
-    num_computed_tokens: int = 0  # tokens whose KV is valid or launched to become so
+    num_computed_tokens: int = 0  # prompt tokens whose prefill was launched (all of their layers or the first of them)
     num_launched_tokens: int = 0  # output tokens launched and not yet read, on top of output_token_ids
+    num_in_flight: int = 0  # tickets that touch its row or blocks
     row: int | None = None  # its place in the device's per-request tables
     block_ids: list[int] = field(default_factory=list)
     num_preemptions: int = 0

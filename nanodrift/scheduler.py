@@ -1,0 +1,325 @@
+"""Decides, lane by lane, what runs next: queue order, admission, token and layer chunks, merging, preemption.
+
+Continuous batching in the terms of plan.py. A request waits, is prefilled in token chunks (each chunk in layer chunks),
+merges into the decode batch when its first token is seen, and decodes until it stops. Steps are launched before the
+host has read the last one, so a request's end is noticed up to one step late and its extra token is dropped.
+
+Pure state: imports no torch, reads no clock, launches nothing. The engine asks ``next_work`` and reports
+``on_launch`` and ``on_complete``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from nanodrift.kvcache import BlockPool, blocks_for
+from nanodrift.plan import Completion, DecodeWork, Lane, NewBlocks, PrefillSlice, PrefillWork, RowParams, Ticket, Work
+from nanodrift.request import MAX_STOP_TOKEN_IDS, Request, RequestState
+
+MAX_DECODE_IN_FLIGHT = 2  # step n + 1 is launched before the host has read step n
+MAX_PREFILL_IN_FLIGHT = 2  # when no request decodes; one beside running requests, so that their steps come between
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """What the outside learns of a request: new tokens, and at its end the reason."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None  # stop | length | abort
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass
+class _PrefillBatch:
+    """One token chunk on its way through the layers."""
+
+    batch_id: int
+    slices: tuple[PrefillSlice, ...]
+    new_blocks: tuple[NewBlocks, ...]
+    next_layer: int = 0
+
+
+class Scheduler:
+    """First come, first served; every request that holds a row makes progress, the oldest one always."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        num_rows: int,
+        num_layers: int,
+        max_model_len: int,
+        max_prefill_tokens: int,
+        prefill_layers: int | None = None,
+    ):
+        self.pool = BlockPool(num_blocks)
+        self.num_layers = num_layers
+        self.max_model_len = max_model_len
+        self.max_prefill_tokens = max_prefill_tokens
+        self.prefill_layers = prefill_layers or num_layers
+        self.requests: dict[str, Request] = {}  # every request that still owns something
+        self.waiting: deque[Request] = deque()
+        self.prefilling: list[Request] = []  # hold a row; prompt not complete
+        self.running: list[Request] = []  # decode
+        self.num_preemptions = 0
+        self._free_rows = deque(range(num_rows))
+        self._batch: _PrefillBatch | None = None  # the chunk whose layers are being launched
+        self._num_batches = 0
+        self._num_added = 0
+        self._num_in_flight = {Lane.PREFILL: 0, Lane.DECODE: 0}
+        self._is_draining = False  # blocks ran out: launch nothing new until nothing is in flight
+
+    # ---- requests come and go ----------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises ValueError, naming both numbers, if it can never be served."""
+        num_prompt, params = len(request.prompt_token_ids), request.params
+        if request.request_id in self.requests:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        if num_prompt == 0:
+            raise ValueError("the prompt is empty: at least one token is needed")
+        if num_prompt >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {num_prompt} tokens, but the context holds {self.max_model_len} tokens of prompt and "
+                "output together: shorten the prompt"
+            )
+        most_tokens = min(num_prompt + params.max_tokens, self.max_model_len)
+        if blocks_for(most_tokens) > self.pool.num_blocks:
+            raise ValueError(
+                f"prompt and output may reach {most_tokens} tokens = {blocks_for(most_tokens)} KV blocks, but "
+                f"the cache has {self.pool.num_blocks}: shorten the prompt, lower max_tokens, or give it more memory"
+            )
+        if params.min_tokens > 0 and len(request.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(f"min_tokens can hold back at most {MAX_STOP_TOKEN_IDS} stop ids, eos ids included")
+        request.number = self._num_added = self._num_added + 1
+        request.row_params = RowParams(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seed=request.seed,
+            banned_token_ids=tuple(sorted(request.stop_token_ids)) if params.min_tokens else (),
+            min_position=num_prompt + params.min_tokens,
+        )
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> None:
+        """Ends a request now (client gone, stop string seen). Its blocks return when no work in flight touches them."""
+        request = self.requests.get(request_id)
+        if request is None or request.is_finished:
+            return
+        self._queue_of(request).remove(request)
+        request.state = RequestState.FINISHED
+        request.finish_reason, request.stop_reason = reason, stop_reason
+        self._release_if_idle(request)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    # ---- what runs next ----------------------------------------------------------------------------------------
+
+    def next_work(self, lane: Lane, now_s: float) -> Work | None:
+        """The next piece of work for a lane, or None if it has no room or nothing to do."""
+        return self._next_decode() if lane is Lane.DECODE else self._next_prefill(now_s)
+
+    def on_launch(self, ticket: Ticket) -> None:
+        work = ticket.work
+        self._num_in_flight[work.lane] += 1
+        for request in self._requests_of(work):
+            request.num_in_flight += 1
+            if work.lane is Lane.DECODE:
+                request.num_launched_tokens += 1
+
+    def on_complete(self, completion: Completion) -> list[TokenEvent]:
+        """Takes in the sampled tokens, merges prefilled requests into the decode batch, ends what has to end."""
+        work, events = completion.ticket.work, []
+        self._num_in_flight[work.lane] -= 1
+        touched = self._requests_of(work)
+        for request in touched:
+            request.num_in_flight -= 1
+            if work.lane is Lane.DECODE:
+                request.num_launched_tokens -= 1
+        for request_id, token_id in completion.tokens:
+            request = self.requests[request_id]
+            if request.is_finished:
+                continue  # it ended while this step was in flight: the token is dropped
+            if request.state is RequestState.PREFILL:
+                self.prefilling.remove(request)
+                self.running.append(request)
+                request.state = RequestState.RUNNING
+            events.append(self._take_token(request, token_id, completion.finished_s))
+        for request in touched:
+            self._release_if_idle(request)
+        return events
+
+    # ---- decode lane -------------------------------------------------------------------------------------------
+
+    def _next_decode(self) -> DecodeWork | None:
+        if self._num_in_flight[Lane.DECODE] >= MAX_DECODE_IN_FLIGHT:
+            return None
+        if self._is_draining and self._is_busy():
+            return None
+        self._is_draining = False
+        batch = [request for request in self.running if self._can_step(request)]
+        if not batch:
+            return None
+        num_missing = sum(self._num_missing_blocks(request) for request in batch)
+        if num_missing > self.pool.num_free_blocks:
+            if self._is_busy():  # what is in flight may end requests; and a block in use cannot be taken back
+                self._is_draining = True
+                return None
+            batch = self._preempt_for(batch)
+        new_blocks = []
+        for request in batch:
+            if num_missing := self._num_missing_blocks(request):
+                new_blocks.append(self._grow(request, num_missing))
+        return DecodeWork(
+            request_ids=tuple(r.request_id for r in batch),
+            rows=tuple(r.row for r in batch),
+            positions=tuple(r.num_tokens + r.num_launched_tokens - 1 for r in batch),
+            has_filter=any(r.row_params.has_filter for r in batch),
+            has_ban=any(len(r.output_token_ids) + r.num_launched_tokens < r.params.min_tokens for r in batch),
+            new_blocks=tuple(new_blocks),
+        )
+
+    def _can_step(self, request: Request) -> bool:
+        num_output_tokens = len(request.output_token_ids) + request.num_launched_tokens
+        num_tokens = len(request.prompt_token_ids) + num_output_tokens
+        return num_output_tokens < request.params.max_tokens and num_tokens < self.max_model_len
+
+    def _num_missing_blocks(self, request: Request) -> int:
+        """Blocks to add before the step that writes the KV of the last (perhaps still unread) token."""
+        return blocks_for(request.num_tokens + request.num_launched_tokens) - len(request.block_ids)
+
+    def _preempt_for(self, batch: list[Request]) -> list[Request]:
+        """Takes the blocks of the youngest requests back until the others of the batch can step. Nothing is in flight.
+
+        They keep their tokens, go to the head of the queue and are computed again later. The oldest is never taken: it
+        fits alone, or ``add`` had refused it.
+        """
+        holders = sorted(self.prefilling + self.running, key=lambda request: request.number)
+        while sum(self._num_missing_blocks(request) for request in batch) > self.pool.num_free_blocks:
+            victim = holders.pop()
+            self._queue_of(victim).remove(victim)
+            self._give_back(victim)
+            victim.state = RequestState.WAITING
+            victim.num_computed_tokens = 0
+            victim.num_preemptions += 1
+            self.num_preemptions += 1
+            self.waiting.appendleft(victim)
+            batch = [request for request in batch if request is not victim]
+        return batch
+
+    # ---- prefill lane ------------------------------------------------------------------------------------------
+
+    def _next_prefill(self, now_s: float) -> PrefillWork | None:
+        if self._num_in_flight[Lane.PREFILL] >= (1 if self.running else MAX_PREFILL_IN_FLIGHT):
+            return None
+        if self._batch is None:
+            self._batch = None if self._is_draining else self._form_batch(now_s)
+        if self._batch is None:
+            return None
+        batch = self._batch
+        first = batch.next_layer
+        batch.next_layer = last = min(first + self.prefill_layers, self.num_layers)
+        is_last = last == self.num_layers
+        if is_last:
+            self._batch = None
+        return PrefillWork(
+            batch.batch_id, batch.slices, first, last, is_last, new_blocks=batch.new_blocks if first == 0 else ()
+        )
+
+    def _form_batch(self, now_s: float) -> _PrefillBatch | None:
+        """The next token chunk: prompts under way first, then the queue in order, up to ``max_prefill_tokens``."""
+        room, slices, new_blocks = self.max_prefill_tokens, [], []
+        for request in self.prefilling:
+            room -= self._take_slice(request, room, slices)
+        while room > 0 and self.waiting and self._can_admit(self.waiting[0]):
+            request = self.waiting.popleft()
+            request.row = self._free_rows.popleft()
+            request.state = RequestState.PREFILL
+            request.scheduled_s = now_s if request.scheduled_s is None else request.scheduled_s
+            self.prefilling.append(request)
+            new_blocks.append(self._grow(request, blocks_for(request.num_tokens)))
+            room -= self._take_slice(request, room, slices)
+        if not slices:
+            return None
+        self._num_batches += 1
+        return _PrefillBatch(self._num_batches, tuple(slices), tuple(new_blocks))
+
+    def _can_admit(self, request: Request) -> bool:
+        """A row, blocks for all its tokens, and one block left for each running request, so that it is not undone."""
+        num_blocks = blocks_for(request.num_tokens) + len(self.running)
+        return bool(self._free_rows) and num_blocks <= self.pool.num_free_blocks
+
+    def _take_slice(self, request: Request, room: int, slices: list[PrefillSlice]) -> int:
+        """Appends the request's next slice of at most ``room`` tokens; returns its length."""
+        start = request.num_computed_tokens
+        end = min(start + room, request.num_tokens)
+        if end == start:
+            return 0
+        params = request.row_params if end == request.num_tokens else None
+        slices.append(PrefillSlice(request.request_id, request.row, start, tuple(request.token_ids[start:end]), params))
+        request.num_computed_tokens = end
+        return end - start
+
+    # ---- tokens, blocks, rows ----------------------------------------------------------------------------------
+
+    def _take_token(self, request: Request, token_id: int, now_s: float) -> TokenEvent:
+        request.output_token_ids.append(token_id)
+        request.token_s.append(now_s)
+        num_output_tokens = len(request.output_token_ids)
+        if token_id in request.stop_token_ids and num_output_tokens > request.params.min_tokens:
+            self.finish(request.request_id, "stop", token_id)
+        elif num_output_tokens >= request.params.max_tokens or request.num_tokens >= self.max_model_len:
+            self.finish(request.request_id, "length")
+        if request.is_finished:
+            request.finished_s = now_s
+        return TokenEvent(request.request_id, (token_id,), request.finish_reason, request.stop_reason)
+
+    def _grow(self, request: Request, num_blocks: int) -> NewBlocks:
+        block_ids = self.pool.allocate(num_blocks)
+        first_index = len(request.block_ids)
+        request.block_ids += block_ids
+        return NewBlocks(request.row, first_index, tuple(block_ids))
+
+    def _give_back(self, request: Request) -> None:
+        self.pool.free(request.block_ids)
+        self._free_rows.append(request.row)
+        request.block_ids, request.row = [], None
+
+    def _release_if_idle(self, request: Request) -> None:
+        """A finished request leaves when nothing in flight or about to be launched touches its row and blocks."""
+        if not request.is_finished or request.num_in_flight > 0 or request.request_id not in self.requests:
+            return
+        if self._batch is not None:
+            in_chunk = [self.requests[s.request_id] for s in self._batch.slices]
+            if any(other is request for other in in_chunk):
+                if all(other.is_finished for other in in_chunk):  # its other layers need not run
+                    self._batch = None
+                    for other in in_chunk:
+                        self._release_if_idle(other)
+                return
+        if request.row is not None:
+            self._give_back(request)
+        del self.requests[request.request_id]
+
+    def _requests_of(self, work: Work) -> list[Request]:
+        if work.lane is Lane.DECODE:
+            return [self.requests[request_id] for request_id in work.request_ids]
+        return [self.requests[s.request_id] for s in work.slices]
+
+    def _queue_of(self, request: Request):
+        return {
+            RequestState.WAITING: self.waiting,
+            RequestState.PREFILL: self.prefilling,
+            RequestState.RUNNING: self.running,
+        }[request.state]
+
+    def _is_busy(self) -> bool:
+        return self._batch is not None or any(self._num_in_flight.values())
