@@ -1,0 +1,264 @@
+"""Attention: the torch references against a naive sum, the kernels against the references, bits against chunking.
+
+Runs in Triton's interpreter (fp32, fp16) without a GPU; the tests marked `gpu` check bf16 at Llama-8B sizes.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanodrift.kernels import attn_decode as decode
+from nanodrift.kernels import attn_prefill as prefill
+
+BLOCK = 64
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}
+
+
+def paged(contexts, num_kv_heads, head_dim, dtype, device="cpu", spare_rows=1):
+    """Random K and V over shuffled blocks. Slots that no token owns hold NaN; unused table entries are absurd.
+
+    Returns the caches [N, K, 64, D], the table [num_rows, max_blocks] and the row of each request.
+    """
+    counts = [-(-c // BLOCK) for c in contexts]
+    num_blocks = sum(counts) + 1
+    order = torch.randperm(num_blocks).tolist()
+    caches = [torch.randn(num_blocks, num_kv_heads, BLOCK, head_dim, device=device).to(dtype) for _ in range(2)]
+    table = torch.full((len(contexts) + spare_rows, max(counts, default=0) + 1), 1 << 30, dtype=torch.int32)
+    rows = torch.randperm(len(contexts) + spare_rows)[: len(contexts)].to(torch.int32)
+    for row, context, count in zip(rows.tolist(), contexts, counts, strict=True):
+        blocks = [order.pop() for _ in range(count)]
+        table[row, :count] = torch.tensor(blocks, dtype=torch.int32)
+        if context % BLOCK:
+            for cache in caches:
+                cache[blocks[-1], :, context % BLOCK :] = float("nan")
+    for cache in caches:
+        cache[order] = float("nan")
+    return *caches, table.to(device), rows.to(device)
+
+
+def naive(q, k_cache, v_cache, table, row, num_keys, scale):
+    """One query [H, D] in float64, straight from the definition: each key and value looked up through the table."""
+    num_heads, head_dim = q.shape
+    group = num_heads // k_cache.shape[1]
+    where = [(int(table[row, p // BLOCK]), p % BLOCK) for p in range(num_keys)]
+    out = torch.zeros(num_heads, head_dim, dtype=torch.float64)
+    for h in range(num_heads):
+        keys = torch.stack([k_cache[b, h // group, s] for b, s in where]).double()
+        values = torch.stack([v_cache[b, h // group, s] for b, s in where]).double()
+        out[h] = torch.softmax(keys @ q[h].double() * scale, 0) @ values
+    return out
+
+
+def prefill_case(queries, cached, num_heads, num_kv_heads, head_dim, dtype, device="cpu"):
+    """Arguments of attn_prefill for requests with so many new and cached tokens."""
+    contexts = [n + c for n, c in zip(queries, cached, strict=True)]
+    k_cache, v_cache, table, rows = paged(contexts, num_kv_heads, head_dim, dtype, device)
+    starts = torch.tensor([0, *queries], device=device).cumsum(0).to(torch.int32)
+    lens = torch.tensor(contexts, dtype=torch.int32, device=device)
+    q = torch.randn(sum(queries), num_heads, head_dim, device=device).to(dtype)
+    return (q, k_cache, v_cache, table, rows, starts, lens), {"max_query_len": max(queries), "scale": head_dim**-0.5}
+
+
+def decode_case(contexts, num_heads, num_kv_heads, head_dim, dtype, device="cpu"):
+    k_cache, v_cache, table, rows = paged(contexts, num_kv_heads, head_dim, dtype, device)
+    q = torch.randn(len(contexts), num_heads, head_dim, device=device).to(dtype)
+    lens = torch.tensor(contexts, dtype=torch.int32, device=device)
+    return (q, k_cache, v_cache, table, rows, lens), {"scale": head_dim**-0.5}
+
+
+def relative(result, exact):
+    return ((result.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+# --- references against the definition ---
+
+
+def test_prefill_reference_is_the_definition():
+    torch.manual_seed(0)
+    args, options = prefill_case([5, 70, 0, 1], [0, 0, 3, 130], 6, 2, 64, torch.float32)
+    q, k_cache, v_cache, table, rows, starts, lens = args
+    result = prefill.attn_prefill_reference(*args, **options)
+    for r in (0, 1, 3):
+        first, last = int(starts[r]), int(starts[r + 1])
+        for token in {first, (first + last) // 2, last - 1}:
+            num_keys = int(lens[r]) - (last - 1 - token)
+            exact = naive(q[token], k_cache, v_cache, table, int(rows[r]), num_keys, options["scale"])
+            assert relative(result[token], exact) < 1e-6
+
+
+def test_decode_reference_is_the_definition():
+    torch.manual_seed(0)
+    contexts = [1, 64, 0, 65, 150]
+    args, options = decode_case(contexts, 10, 2, 64, torch.float32)
+    q, k_cache, v_cache, table, rows, _ = args
+    rows[3] = -1
+    result = decode.attn_decode_reference(*args, **options)
+    for b in (0, 1, 4):
+        exact = naive(q[b], k_cache, v_cache, table, int(rows[b]), contexts[b], options["scale"])
+        assert relative(result[b], exact) < 1e-6
+    assert (result[2] == 0).all() and (result[3] == 0).all()
+
+
+# --- prefill kernel ---
+
+SHAPES = [  # H, K, D
+    (4, 1, 64),
+    (2, 2, 128),
+    (6, 2, 64),
+    (5, 1, 64),
+    (7, 1, 128),
+    (8, 1, 64),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", SHAPES)
+def test_prefill_matches_reference(num_heads, num_kv_heads, head_dim, dtype):
+    """Whole prompts, a chunk on a prefix that ends inside a block, a single token, an empty request, a padding row."""
+    torch.manual_seed(num_heads)
+    args, options = prefill_case([70, 37, 1, 0, 3], [0, 91, 128, 7, 0], num_heads, num_kv_heads, head_dim, dtype)
+    args[4][4] = -1
+    result = prefill.attn_prefill(*args, **options, out=torch.full_like(args[0], 777.0), num_sms=3)
+    expected = prefill.attn_prefill_reference(*args, **options, out=torch.full_like(args[0], 777.0))
+    assert (result[108:] == 777.0).all()
+    assert relative(result[:108], expected[:108]) < TOLERANCE[dtype]
+
+
+def test_prefill_bits_do_not_depend_on_chunking_or_sm_count():
+    """Tokens of a prompt in one launch, in ragged chunks beside another request, and one by one: equal bits."""
+    torch.manual_seed(1)
+    args, options = prefill_case([100], [0], 6, 2, 64, torch.float32)
+    q, k_cache, v_cache, table, rows, _, _ = args
+    whole = prefill.attn_prefill(*args, **options, num_sms=1)
+
+    def chunk(first, last, num_sms):
+        """Queries first..last of the request between two others that share its row and end elsewhere."""
+        starts = torch.tensor([0, 9, 9 + last - first, 10 + last - first], dtype=torch.int32)
+        lens = torch.tensor([20, last, 64], dtype=torch.int32)
+        padded = torch.cat([torch.randn(9, 6, 64), q[first:last], torch.randn(1, 6, 64)])
+        result = prefill.attn_prefill(
+            padded, k_cache, v_cache, table, rows.repeat(3), starts, lens, **options, num_sms=num_sms
+        )
+        return result[9 : 9 + last - first]
+
+    pieces = [chunk(0, 37, 1), chunk(37, 64, 2), chunk(64, 65, 5), chunk(65, 99, 7), chunk(99, 100, 3)]
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_prefill_finds_requests_beyond_the_first_search_window():
+    torch.manual_seed(2)
+    num_requests = 259
+    args, options = prefill_case([1] * num_requests, [0] * num_requests, 1, 1, 64, torch.float32)
+    result = prefill.attn_prefill(*args, **options, num_sms=2)
+    assert relative(result, prefill.attn_prefill_reference(*args, **options)) < 1e-5
+
+
+# --- decode kernel ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", SHAPES)
+def test_decode_matches_reference(num_heads, num_kv_heads, head_dim, dtype):
+    torch.manual_seed(num_heads)
+    args, options = decode_case([1, 64, 0, 65, 700, 30, 129], num_heads, num_kv_heads, head_dim, dtype)
+    args[4][5] = -1
+    result = decode.attn_decode(*args, **options, out=torch.full_like(args[0], 777.0), num_sms=2)
+    expected = decode.attn_decode_reference(*args, **options)
+    assert (result[2] == 0).all() and (result[5] == 0).all()
+    assert relative(result, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 5, 16])
+@pytest.mark.parametrize("contexts", [[1500], [64] * 9, [900, *[3] * 12]], ids=["one", "even", "long-among-short"])
+def test_decode_splits_and_merges(contexts, num_sms):
+    """Heads cut once, many times, never; the scratch serves launch after launch without being cleared."""
+    torch.manual_seed(num_sms)
+    args, options = decode_case(contexts, 4, 2, 64, torch.float32)
+    expected = decode.attn_decode_reference(*args, **options)
+    scratch = torch.zeros(decode.decode_scratch_shape(4, 2, 64, num_sms))
+    first = decode.attn_decode(*args, **options, scratch=scratch, num_sms=num_sms)
+    second = decode.attn_decode(*args, **options, scratch=scratch, num_sms=num_sms)
+    assert relative(first, expected) < 1e-5
+    assert torch.equal(first, second)
+
+
+def test_decode_large_scores_do_not_overflow():
+    torch.manual_seed(3)
+    args, options = decode_case([300, 70], 2, 1, 64, torch.float32)
+    args[0].mul_(300.0)
+    result = decode.attn_decode(*args, **options, num_sms=1)
+    assert relative(result, decode.attn_decode_reference(*args, **options)) < 1e-4
+
+
+def test_unsupported_shapes_are_refused():
+    args, options = decode_case([5], 2, 1, 64, torch.float32)
+    with pytest.raises(ValueError, match="scratch"):
+        decode.attn_decode(*args, **options, scratch=torch.zeros(3), num_sms=1)
+    with pytest.raises(ValueError, match="unsupported"):
+        decode.attn_decode(args[0], args[1][:, :, :32], args[2][:, :, :32], *args[3:], **options, num_sms=1)
+    with pytest.raises(ValueError, match="batch"):
+        decode.attn_decode(torch.zeros(513, 2, 64), *args[1:], **options, num_sms=1)
+
+
+# --- bf16 on a GPU ---
+
+
+def gathered(cache, table, row, context, group):
+    """K or V of one request as torch's own attention wants it: [1, H, context, D]."""
+    blocks = table[row, : -(-context // BLOCK)].long()
+    return cache[blocks].transpose(0, 1).flatten(1, 2)[None, :, :context].repeat_interleave(group, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries, cached", [([2048], [0]), ([1000, 513, 1], [0, 777, 4095]), ([512], [7680])])
+def test_prefill_error_is_that_of_torch_bf16(queries, cached):
+    torch.manual_seed(0)
+    args, options = prefill_case(queries, cached, 32, 8, 128, torch.bfloat16, "cuda")
+    q, k_cache, v_cache, table, rows, starts, lens = args
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    result = prefill.attn_prefill(*args, **options, num_sms=sms)
+    for r, (n, context) in enumerate(zip(queries, lens.tolist(), strict=True)):
+        first = int(starts[r])
+        k, v = (gathered(c, table, int(rows[r]), context, 4) for c in (k_cache, v_cache))
+        queries_r = q[first : first + n].transpose(0, 1)[None]
+        mask = torch.arange(context, device="cuda") <= torch.arange(context - n, context, device="cuda")[:, None]
+        exact = F.scaled_dot_product_attention(queries_r.float(), k.float(), v.float(), attn_mask=mask)
+        torch_bf16 = F.scaled_dot_product_attention(queries_r, k, v, attn_mask=mask)
+        ours = result[first : first + n].transpose(0, 1)[None]
+        assert relative(ours, exact) <= 1.5 * relative(torch_bf16, exact)
+
+
+@pytest.mark.gpu
+def test_prefill_bits_on_the_gpu():
+    """One prompt whole, in chunks and token by token (its last ones), under different SM counts."""
+    torch.manual_seed(0)
+    args, options = prefill_case([1500], [0], 32, 8, 128, torch.bfloat16, "cuda")
+    q, k_cache, v_cache, table, rows, _, _ = args
+    whole = prefill.attn_prefill(*args, **options, num_sms=132)
+    edges = [0, 301, 1024, 1400, *range(1450, 1501)]
+    for first, last in itertools.pairwise(edges):
+        starts, lens = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, last - first], [last]))
+        part = prefill.attn_prefill(
+            q[first:last].contiguous(), k_cache, v_cache, table, rows, starts, lens, **options, num_sms=7 + first % 90
+        )
+        assert torch.equal(part, whole[first:last])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("contexts", [[8192], [1024] * 64, [131072, *[100] * 255], [777, 0, 64, 65, 1]])
+def test_decode_error_is_that_of_torch_bf16(contexts):
+    torch.manual_seed(0)
+    args, options = decode_case(contexts, 32, 8, 128, torch.bfloat16, "cuda")
+    q, k_cache, v_cache, table, rows, _ = args
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    result = decode.attn_decode(*args, **options, num_sms=sms)
+    exact, torch_bf16 = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(q)
+    for b, context in enumerate(contexts):
+        if context:
+            k, v = (gathered(c, table, int(rows[b]), context, 4) for c in (k_cache, v_cache))
+            query = q[b][None, :, None]
+            exact[b] = F.scaled_dot_product_attention(query.float(), k.float(), v.float())[0, :, 0]
+            torch_bf16[b] = F.scaled_dot_product_attention(query, k, v)[0, :, 0]
+    assert relative(result, exact) <= 1.5 * relative(torch_bf16, exact)
