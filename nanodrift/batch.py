@@ -1,8 +1,8 @@
 """The tensors of one forward pass, and the device tables that requests keep rows in.
 
 ``Rows`` holds, per running request, what the device needs to go on without the host: last token, next position, block
-table, sampling parameters. ``Batch`` is the metadata of one pass; it is an argument everywhere and never a global, since
-two passes are in flight at once. Built from plan messages; knows nothing of queues, streams or graphs.
+table, sampling parameters. ``Batch`` is the metadata of one pass; it is an argument everywhere and never a global,
+since two passes are in flight at once. Built from plan messages; knows nothing of queues, streams or graphs.
 """
 
 from __future__ import annotations

@@ -91,6 +91,11 @@ class PrefillWork:
     def num_tokens(self) -> int:
         return sum(len(s.token_ids) for s in self.slices)
 
+    @property
+    def sampled_ids(self) -> tuple[str, ...]:
+        """The requests this piece samples a token for, in order."""
+        return tuple(s.request_id for s in self.slices if s.params is not None) if self.is_last else ()
+
 
 @dataclass(frozen=True)
 class DecodeWork:
@@ -105,6 +110,10 @@ class DecodeWork:
 
     lane = Lane.DECODE
 
+    @property
+    def sampled_ids(self) -> tuple[str, ...]:
+        return self.request_ids
+
 
 @dataclass(frozen=True)
 class FusedWork:
@@ -113,7 +122,9 @@ class FusedWork:
     prefill: PrefillWork
     decode: DecodeWork
 
-    lane = None
+    @property
+    def sampled_ids(self) -> tuple[str, ...]:
+        return self.prefill.sampled_ids + self.decode.sampled_ids
 
 
 Work = PrefillWork | DecodeWork | FusedWork

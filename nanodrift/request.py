@@ -85,7 +85,7 @@ class RequestState(Enum):
     FINISHED = "finished"
 
 
-@dataclass
+@dataclass(eq=False)  # two requests are never the same one
 class Request:
     """One request from arrival to end. The scheduler owns every field below ``slo``."""
 

@@ -74,8 +74,8 @@ class Scheduler:
 
     # ---- requests come and go ----------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queues a request. Raises ValueError, naming both numbers, if it can never be served."""
+    def check(self, request: Request) -> None:
+        """Raises ValueError, naming both numbers, if the request can never be served."""
         num_prompt, params = len(request.prompt_token_ids), request.params
         if request.request_id in self.requests:
             raise ValueError(f"request id {request.request_id!r} is in use")
@@ -94,6 +94,10 @@ class Scheduler:
             )
         if params.min_tokens > 0 and len(request.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise ValueError(f"min_tokens can hold back at most {MAX_STOP_TOKEN_IDS} stop ids, eos ids included")
+
+    def add(self, request: Request) -> None:
+        """Queues a request that ``check`` has let pass."""
+        params = request.params
         request.number = self._num_added = self._num_added + 1
         request.row_params = RowParams(
             temperature=params.temperature,
@@ -102,20 +106,21 @@ class Scheduler:
             min_p=params.min_p,
             seed=request.seed,
             banned_token_ids=tuple(sorted(request.stop_token_ids)) if params.min_tokens else (),
-            min_position=num_prompt + params.min_tokens,
+            min_position=len(request.prompt_token_ids) + params.min_tokens,
         )
         self.requests[request.request_id] = request
         self.waiting.append(request)
 
-    def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> None:
-        """Ends a request now (client gone, stop string seen). Its blocks return when no work in flight touches them."""
+    def finish(self, request_id: str, reason: str, stop_reason: int | str | None = None) -> bool:
+        """Ends a request now; False if there is none to end. Its blocks return when no work in flight touches them."""
         request = self.requests.get(request_id)
         if request is None or request.is_finished:
-            return
+            return False
         self._queue_of(request).remove(request)
         request.state = RequestState.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
         self._release_if_idle(request)
+        return True
 
     @property
     def has_work(self) -> bool:

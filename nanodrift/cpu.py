@@ -1,0 +1,74 @@
+"""The executor without a GPU: the same model through the torch references, each piece of work run when it is launched.
+
+The correctness oracle of the other executors, and what a laptop gets. Both lanes share the one processor.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+
+import torch
+
+from nanodrift.batch import Rows
+from nanodrift.executor import WallClock
+from nanodrift.model import KVPool, Model
+from nanodrift.ops import LaneResources
+from nanodrift.plan import Completion, FusedWork, Partition, PrefillWork, Ticket, Work
+from nanodrift.runner import Runner
+
+CPU = torch.device("cpu")
+
+
+class CpuExecutor:
+    """Holds everything in host memory; ``num_blocks`` KV blocks of 64 tokens."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_blocks: int,
+        num_rows: int,
+        max_model_len: int,
+        max_prefill_tokens: int,
+        deterministic: bool = False,
+    ):
+        self.clock = WallClock()
+        self.partitions = (Partition(prefill_sms=1, decode_sms=1, is_shared=True),)
+        self.num_layers = model.config.num_layers
+        self.num_blocks, self.num_rows, self.max_prefill_tokens = num_blocks, num_rows, max_prefill_tokens
+        self.device_name = f"cpu ({torch.get_num_threads()} threads)"
+        rows = Rows(num_rows, max_model_len, CPU)
+        kv = KVPool(model.config, num_blocks, model.dtype, CPU)
+        lane = LaneResources(num_sms=1, deterministic=deterministic)
+        self.runner = Runner(model, kv, rows, lane, max(max_prefill_tokens, num_rows))
+        self._num_tickets = 0
+        self._done: list[Completion] = []
+
+    @torch.inference_mode()
+    def launch(self, work: Work, partition: Partition) -> Ticket:
+        self._num_tickets += 1
+        ticket = Ticket(self._num_tickets, work, partition, launched_s=self.clock.now())
+        if isinstance(work, PrefillWork):
+            token_ids = self.runner.prefill(work, _upload)
+        elif isinstance(work, FusedWork):
+            token_ids = self.runner.fused(work, _upload)
+        else:
+            token_ids = self.runner.decode(work, _upload)
+        token_ids = token_ids.tolist() if token_ids is not None else []
+        tokens = tuple(zip(work.sampled_ids, token_ids, strict=True))
+        self._done.append(Completion(ticket, self.clock.now(), tokens))
+        return ticket
+
+    def wait(self, until_s: float | None) -> list[Completion]:
+        if not self._done and until_s is not None:
+            time.sleep(max(0.0, until_s - self.clock.now()))
+        done, self._done = self._done, []
+        return done
+
+    def close(self) -> None:
+        self.runner = None
+
+
+def _upload(ints: array) -> torch.Tensor:
+    return torch.frombuffer(ints, dtype=torch.int32).clone() if ints else torch.empty(0, dtype=torch.int32)
