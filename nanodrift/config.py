@@ -294,7 +294,7 @@ def _refuse_sliding_window(keys: _Keys, family: str, context_tokens: int):
     if window is not None and keys.count("sliding_window", default=4096) < context_tokens:
         raise ConfigError(
             f"{keys.path}: {key} = {json.dumps(keys.get(key))} lets attention see only the last {window} tokens; "
-            f"that is not implemented for a context of {context_tokens}. Stay within the window: --max-model-len {window}."
+            f"that is not implemented for a context of {context_tokens}. Stay within it: --max-model-len {window}."
         )
 
 

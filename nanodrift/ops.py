@@ -1,0 +1,184 @@
+"""One function per operator: the Triton kernel when the tensors lie on a GPU, its plain-torch reference otherwise.
+
+A lane's resources are the last argument everywhere: how many SMs a kernel may fill, whether tiles and splits are
+fixed, and memory to work in. Knows nothing about models, requests or streams; ``nanodrift/kernels.py`` says where
+kernels live. Shape letters as in nanodrift/model.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nanodrift.kernels import attn_decode as decode_attention
+from nanodrift.kernels import attn_prefill as prefill_attention
+from nanodrift.kernels import gemm as gemms
+from nanodrift.kernels import gemm_skinny as skinny_gemms
+from nanodrift.kernels import rmsnorm as norms
+from nanodrift.kernels import rope as ropes
+from nanodrift.kernels import sample as samplers
+from nanodrift.kernels import swiglu as swiglus
+
+MAX_SKINNY_TOKENS = skinny_gemms.MAX_SKINNY_TOKENS
+
+
+class Scratch:
+    """One lane's working memory: named flat buffers, each as large as its largest use. Dead at layer boundaries."""
+
+    def __init__(self, num_elements: dict[str, int], dtypes: dict[str, torch.dtype], device: torch.device):
+        self.buffers = {  # zeros, since decode attention counts arrivals in its buffer and leaves them at zero
+            name: torch.zeros(count, dtype=dtypes[name], device=device) for name, count in num_elements.items()
+        }
+
+    def bytes(self) -> int:
+        return sum(b.numel() * b.element_size() for b in self.buffers.values())
+
+
+@dataclass
+class LaneResources:
+    """What a piece of work may use. Two pieces in flight at once never share one."""
+
+    num_sms: int = 1  # of the partition that the lane's stream runs in
+    deterministic: bool = False  # one tile shape and no splits: a token's bits depend on its own inputs alone
+    scratch: Scratch | None = None  # None: allocate as needed (the CPU, tests)
+    use_triton: bool | None = None  # None: on a GPU. Tests set True to run kernels in Triton's interpreter
+
+    def take(self, name: str, shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype | None = None):
+        """-> memory of this shape for one use, in ``like``'s dtype and device; its content is whatever was there."""
+        if self.scratch is None:
+            return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+        return self.scratch.buffers[name][: math.prod(shape)].view(shape)
+
+    def runs_triton(self, x: torch.Tensor) -> bool:
+        return x.is_cuda if self.use_triton is None else self.use_triton
+
+    def is_skinny(self, num_tokens: int) -> bool:
+        """True where the split-K products for few tokens are used."""
+        return num_tokens <= MAX_SKINNY_TOKENS and not self.deterministic
+
+
+def rmsnorm(x, weight, eps, out, lane):
+    """x [T, C], weight [C] -> out [T, C]."""
+    if lane.runs_triton(x):
+        return norms.rmsnorm(x, weight, eps, out=out, num_sms=lane.num_sms)
+    return norms.rmsnorm_reference(x, weight, eps, out=out)
+
+
+def linear_partials(x, w, bias, lane):
+    """x [T, C], w [N, C], bias [N] or None -> [S, T, N] whose sum over S is the product; S = 1 for many tokens."""
+    num_tokens, width = x.shape[0], w.shape[0]
+    if lane.runs_triton(x) and lane.is_skinny(num_tokens):
+        return _skinny_partials(x, w, bias, lane)
+    out = lane.take("product", (num_tokens, width), x)  # [T, N]
+    return _gemm(x, w, bias, None, out, lane).unsqueeze(0)
+
+
+def linear_add_norm(x, w, residual, norm_weight, eps, out, lane):
+    """Project, add to the residual stream, normalise: residual [T, C] += x [T, N] @ w [C, N].T; out = its RMSNorm."""
+    if lane.runs_triton(x) and lane.is_skinny(x.shape[0]):
+        partials = _skinny_partials(x, w, None, lane)  # [S, T, C]
+        return norms.add_rmsnorm(partials, residual, norm_weight, eps, out=out, num_sms=lane.num_sms)
+    _gemm(x, w, None, residual, residual, lane)
+    return rmsnorm(residual, norm_weight, eps, out, lane)
+
+
+def logits(x, w, out, lane):
+    """x [Q, C], head w [V, C] -> out [Q, V] fp32. w may have a few rows more than V, to be a multiple of 16."""
+    if w.shape[0] != out.shape[1]:  # an odd vocabulary: not worth memory of its own
+        padded = torch.empty(x.shape[0], w.shape[0], dtype=out.dtype, device=out.device)
+        return out.copy_(logits(x, w, padded, lane)[:, : out.shape[1]])
+    if lane.runs_triton(x) and lane.is_skinny(x.shape[0]):
+        skinny_gemms.gemm_skinny(x, w, out=out.unsqueeze(0), num_sms=lane.num_sms, num_splits=1)
+        return out
+    return _gemm(x, w, None, None, out, lane)
+
+
+def gemm_swiglu(x, w, lane):
+    """x [T, C], w [2I, C] (gate rows, then up rows) -> silu(gate) * up [T, I]."""
+    out = lane.take("gated", (x.shape[0], w.shape[0] // 2), x)  # [T, I]
+    if lane.runs_triton(x):
+        return swiglus.gemm_swiglu(x, w, out=out, num_sms=lane.num_sms, deterministic=lane.deterministic)
+    return swiglus.gemm_swiglu_reference(x, w, out=out)
+
+
+def rope_kv_write(qkv, cos_sin, positions, rows, block_table, k_cache, v_cache, num_heads, q_norm, k_norm, eps, lane):
+    """Rotates q and k of qkv [S, T, (H + 2K) D], writes k and v into their slots -> q [T, H, D]."""
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    out = lane.take("query", (qkv.shape[1], num_heads, head_dim), k_cache)  # [T, H, D]
+    run, options = ropes.rope_kv_write_reference, {}
+    if lane.runs_triton(k_cache):
+        run, options = ropes.rope_kv_write, {"num_sms": lane.num_sms}
+    return run(
+        qkv, cos_sin, positions, rows, block_table, k_cache, v_cache,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, out=out, **options,
+    )  # fmt: skip
+
+
+def attn_prefill(q, k_cache, v_cache, block_table, rows, query_starts, context_lens, max_query_len, scale, out, lane):
+    """Causal attention of R slices q [T, H, D] over their cached prefixes and themselves -> out [T, H, D]."""
+    run, options = prefill_attention.attn_prefill_reference, {}
+    if lane.runs_triton(q):
+        run, options = prefill_attention.attn_prefill, {"num_sms": lane.num_sms}
+    return run(
+        q, k_cache, v_cache, block_table, rows, query_starts, context_lens,
+        max_query_len=max_query_len, scale=scale, out=out, **options,
+    )  # fmt: skip
+
+
+def attn_decode(q, k_cache, v_cache, block_table, rows, context_lens, scale, out, lane):
+    """Attention of one query for each of B rows, q [B, H, D], over its whole context -> out [B, H, D]."""
+    run, options = decode_attention.attn_decode_reference, {}
+    if lane.runs_triton(q):
+        scratch = lane.scratch.buffers[f"decode {lane.num_sms}"] if lane.scratch else None
+        run, options = decode_attention.attn_decode, {"num_sms": lane.num_sms, "scratch": scratch}
+    return run(q, k_cache, v_cache, block_table, rows, context_lens, scale=scale, out=out, **options)
+
+
+def sample(logits, rows, positions, temperature, seed, last_token, next_position, lane, out=None):
+    """Draws a token from each row of logits [Q, V] into out [Q] and the rows' tables; see kernels/sample.py."""
+    run, options = samplers.sample_reference, {}
+    if lane.runs_triton(logits):
+        run, options = samplers.sample, {"num_sms": lane.num_sms}
+    return run(logits, rows, positions, temperature, seed, last_token, next_position, out=out, **options)
+
+
+def filter_logits(logits, rows, positions, temperature, top_k, top_p, min_p, lane):
+    """In place: -inf outside each row's top-k, top-p and min-p."""
+    if lane.runs_triton(logits):
+        args = (logits, rows, positions, temperature, top_k, top_p, min_p)
+        return samplers.filter_logits(*args, num_sms=lane.num_sms)
+    return samplers.filter_logits_reference(logits, rows, positions, temperature, top_k, top_p, min_p)
+
+
+def ban_tokens(logits, rows, positions, banned, min_position, lane):
+    """In place: -inf at each row's banned ids while its next position is below min_position."""
+    if lane.runs_triton(logits):
+        return samplers.ban_tokens(logits, rows, positions, banned, min_position, num_sms=lane.num_sms)
+    return samplers.ban_tokens_reference(logits, rows, positions, banned, min_position)
+
+
+def _gemm(x, w, bias, residual, out, lane):
+    if lane.runs_triton(x):
+        return gemms.gemm(
+            x, w, bias=bias, residual=residual, out=out, num_sms=lane.num_sms, deterministic=lane.deterministic
+        )
+    return gemms.gemm_reference(x, w, bias=bias, residual=residual, out=out)
+
+
+def _skinny_partials(x, w, bias, lane):
+    num_tokens, width = x.shape[0], w.shape[0]
+    splits = skinny_gemms.num_splits(num_tokens, width, x.shape[1], lane.num_sms)
+    out = lane.take("partials", (splits, num_tokens, width), x, torch.float32)  # [S, T, N]
+    return skinny_gemms.gemm_skinny(x, w, bias=bias, out=out, num_sms=lane.num_sms, num_splits=splits)
+
+
+def num_splits(num_tokens: int, width: int, depth: int, num_sms: int) -> int:
+    """Partials that ``linear_partials`` and ``linear_add_norm`` make of a [T, depth] x [width, depth] product."""
+    return skinny_gemms.num_splits(num_tokens, width, depth, num_sms)
+
+
+def decode_scratch_elements(num_heads: int, num_kv_heads: int, head_dim: int, num_sms: int) -> int:
+    """fp32 numbers that ``attn_decode`` needs to keep between its programs on this many SMs."""
+    return math.prod(decode_attention.decode_scratch_shape(num_heads, num_kv_heads, head_dim, num_sms))
