@@ -31,6 +31,7 @@ class Batch:
     positions: torch.Tensor  # [T]
     rows: torch.Tensor  # [T] the block-table row of each token
     sample_indices: torch.Tensor  # [Q] which tokens' hidden states go to the head
+    block_table: torch.Tensor  # [num_rows, max_blocks] the table that ``rows`` index
     num_prefill_tokens: int = 0  # of T; the rest decode
     prefill_rows: torch.Tensor | None = None  # [R]
     query_starts: torch.Tensor | None = None  # [R + 1] cumulative
@@ -151,6 +152,7 @@ def build_batch(rows: Rows, prefill: PrefillWork | None, decode: DecodeWork | No
         positions=device_parts[1],
         rows=device_parts[2],
         sample_indices=device_parts[3],
+        block_table=rows.block_table,
         sample_rows=device_parts[4],
         sample_positions=device_parts[5],
         num_prefill_tokens=num_prefill_tokens,
