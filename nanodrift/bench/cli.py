@@ -1,0 +1,258 @@
+"""The command line of bench.py: loads an engine, measures, prints tables to stderr and one JSON line to stdout.
+
+    python bench.py                      throughput and latency of the embedded model on the device found
+    python bench.py throughput           offline: all prompts at once, fixed lengths
+    python bench.py latency              prefill by length and decode step by batch, each beside its roofline
+    python bench.py tables               writes README.md's tables and figure anew from results/*.json
+
+Engine options (``--device``, ``--load-format``, ...) are the fields of nanodrift/config.py's EngineConfig.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nanodrift.bench import machine, offline, tables
+from nanodrift.bench.roofline import Ceilings, Load, decode_load, prefill_load
+from nanodrift.config import ConfigError, EngineConfig
+from nanodrift.engine import LoadedEngine, load_engine
+from nanodrift.metrics import percentile
+
+PLAN = {  # what is measured when no flag says otherwise; lengths that do not fit the model's window are left out
+    "cuda": {
+        "num_prompts": 512, "input_len": 1024, "output_len": 128,
+        "prefill": ["512", "2048", "8000", "4x2048"], "batches": [1, 16, 64, 128, 256], "context": 1024,
+        "decode_steps": 128, "repeats": 7,
+    },
+    "cpu": {
+        "num_prompts": 16, "input_len": 128, "output_len": 64,
+        "prefill": ["128", "512", "4x128"], "batches": [1, 4, 16], "context": 256,
+        "decode_steps": 32, "repeats": 5,
+    },
+}  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--model", help="alias, hub id or folder; default: the embedded model")
+    common.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here")
+    common.add_argument("--label", help="a name for this run, stored in the JSON")
+    common.add_argument("--metadata", nargs="+", metavar="KEY=VALUE", help="stored in the JSON as they are")
+    engine = common.add_argument_group("engine")
+    for field in fields(EngineConfig):
+        if field.name != "slo":
+            add_engine_option(engine, field)
+    offline_load = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    for name in ("num-prompts", "input-len", "output-len"):
+        offline_load.add_argument(f"--{name}", type=int, metavar="N")
+    shapes = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    shapes.add_argument("--prefill", nargs="*", metavar="[R x]N", help="prompt lengths, e.g. 512 4x2048")
+    shapes.add_argument("--batches", nargs="*", type=int, metavar="B", help="decode batches")
+    shapes.add_argument("--context", type=int, metavar="N", help="prompt tokens of every decoding request")
+    shapes.add_argument("--decode-steps", type=int, metavar="N", help="steps in the timed window")
+    shapes.add_argument("--repeats", type=int, metavar="N", help="prefills of each length; the median counts")
+
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description=__doc__, parents=[common, offline_load, shapes],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    modes = parser.add_subparsers(dest="mode", metavar="throughput | latency | tables")
+    modes.add_parser("throughput", parents=[common, offline_load], help="offline tokens per second")
+    modes.add_parser("latency", parents=[common, shapes], help="prefill and decode step times")
+    check = modes.add_parser("tables", help="README.md from results/")
+    check.add_argument("--check", action="store_true", help="change nothing; fail if README.md is out of date")
+    return parser
+
+
+def add_engine_option(group, field) -> None:
+    flag, kind = f"--{field.name.replace('_', '-')}", str(field.type)
+    if kind == "bool":
+        group.add_argument(flag, action="store_true")
+    else:
+        value = int if kind.startswith("int") else float if kind.startswith("float") else str
+        group.add_argument(flag, type=value, metavar=field.name.split("_")[-1].upper(), help=f"default {field.default}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = vars(build_parser().parse_args(argv))
+    mode = options.pop("mode") or "smoke"
+    if mode == "tables":
+        return tables.main(check=options["check"])
+    console = Console(stderr=True)
+    try:
+        result = measure(mode, options, console)
+    except (ConfigError, ValueError) as error:
+        console.print(f"[red]bench.py:[/] {error}", highlight=False)
+        return 2
+    if "output" in options:
+        options["output"].write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+    return 0
+
+
+def measure(mode: str, options: dict, console: Console) -> dict:
+    """Loads the engine, runs one mode and returns the result; prints tables on the way."""
+    names = {field.name for field in fields(EngineConfig)}
+    config = EngineConfig.from_options(**{k: v for k, v in options.items() if k in names})
+    metadata = dict(pair.split("=", 1) for pair in options.get("metadata", ()))
+    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else
+                          "cpu" if config.device == "auto" else config.device)  # fmt: skip
+    with progress_bar(console) as progress:
+        loaded, ceilings, ceiling_figures = load(options.get("model", "embedded"), config, device, progress)
+        plan = PLAN[device.type] | {k: v for k, v in options.items() if k in PLAN[device.type]}
+        plan = fit(plan, loaded.engine.scheduler.max_model_len, config.max_num_seqs, given=options)
+        result = {
+            **machine.describe(device),
+            "benchmark": mode,
+            "label": options.get("label"),
+            "model_id": options.get("model", "embedded"),
+            "seed": config.seed,
+            "engine": asdict(config),
+            "start_s": loaded.phases_s,
+            "ceilings": ceiling_figures,
+        }
+        if mode in ("smoke", "throughput"):
+            result |= run_throughput(loaded, plan, config.seed, device, progress)
+        if mode in ("smoke", "latency"):
+            result |= run_latency(loaded, plan, config.seed, device, ceilings, progress)
+        result["stats"] = loaded.engine.stats()
+        loaded.engine.close()
+    show(result, console)
+    return result | metadata
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console):
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield progress
+
+
+def load(model: str, config: EngineConfig, device: torch.device, progress) -> tuple[LoadedEngine, Ceilings, dict]:
+    """The ceilings first, while the device is empty; then the engine, and one warm-up of both lanes."""
+    task = progress.add_task("measuring the device's ceilings", total=None)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    ceilings, figures = machine.measure_ceilings(device, dtype)
+    progress.update(task, description="loading the model")
+    loaded = load_engine(model, config, lambda phase, *_: progress.update(task, description=phase))
+    progress.update(task, description="warming up")
+    offline.throughput(loaded.engine, num_prompts=2, input_len=32, output_len=4, seed=config.seed + 1)
+    progress.remove_task(task)
+    return loaded, ceilings, figures
+
+
+def fit(plan: dict, max_model_len: int, max_num_seqs: int, given: dict) -> dict:
+    """The plan without the default lengths and batches that this model or engine has no room for; given ones stay."""
+    fitted = {
+        "context": min(plan["context"], max_model_len // 2),
+        "input_len": min(plan["input_len"], max_model_len // 2),
+        "output_len": min(plan["output_len"], max_model_len // 4),
+        "prefill": [shape for shape in plan["prefill"] if parse_shape(shape)[1] < max_model_len],
+        "batches": [batch for batch in plan["batches"] if batch <= max_num_seqs],
+    }
+    return plan | {k: v for k, v in fitted.items() if k not in given}
+
+
+def parse_shape(shape: str) -> tuple[int, int]:
+    """'4x2048' is four prompts of 2,048 tokens, '512' one of 512."""
+    count, _, length = shape.rpartition("x")
+    if not length.isdigit() or (count and not count.isdigit()):
+        raise ValueError(f"a prefill shape is N or RxN, such as 512 or 4x2048; got {shape!r}")
+    return int(count or 1), int(length)
+
+
+def run_throughput(loaded: LoadedEngine, plan: dict, seed: int, device: torch.device, progress) -> dict:
+    task = progress.add_task("throughput: requests", total=plan["num_prompts"])
+    load = {key: plan[key] for key in ("num_prompts", "input_len", "output_len")}
+    with machine.PowerLog(device) as power:
+        result = offline.throughput(loaded.engine, **load, seed=seed, advance=lambda n: progress.advance(task, n))
+    progress.remove_task(task)
+    return result | power.medians()
+
+
+def run_latency(loaded: LoadedEngine, plan: dict, seed: int, device, ceilings: Ceilings, progress) -> dict:
+    engine, model = loaded.engine, loaded.model_config
+    width = loaded.dtype.itemsize
+    prefill, decode = [], []
+    for shape in plan["prefill"]:
+        count, length = parse_shape(shape)
+        task = progress.add_task(f"prefill {shape}", total=plan["repeats"] + 1)
+        times = []
+        with machine.PowerLog(device) as power:
+            for repeat in range(plan["repeats"] + 1):
+                times.append(offline.prefill_s(engine, count, length, seed=seed + 1000 * repeat + length))
+                progress.advance(task)
+        progress.remove_task(task)
+        times = times[1:]  # the first one warms up
+        row = {"shape": shape, "num_tokens": count * length, "ms": median(times) * 1e3, "min_ms": min(times) * 1e3,
+               "max_ms": max(times) * 1e3, "tokens_per_s": count * length / median(times)}  # fmt: skip
+        floor = prefill_load(model, width, [length] * count)
+        prefill.append(row | beside_roofline(row["ms"], floor, ceilings) | power.medians())
+    for batch in plan["batches"]:
+        task = progress.add_task(f"decode, batch {batch}", total=plan["decode_steps"])
+        with machine.PowerLog(device) as power:
+            steady = offline.steady_decode(engine, batch, plan["context"], plan["decode_steps"], seed + batch,
+                                           lambda n, task=task: progress.advance(task, n))  # fmt: skip
+        progress.remove_task(task)
+        row = {"batch": batch, "context": plan["context"], "mean_context": round(steady.mean_context, 1),
+               "steps": len(steady.gaps_s), "ms": median(steady.gaps_s) * 1e3, "mean_ms": fmean(steady.gaps_s) * 1e3,
+               "p99_ms": percentile(steady.gaps_s, 99) * 1e3, "tokens_per_s": batch / fmean(steady.gaps_s),
+               "preemptions": steady.num_preemptions}  # fmt: skip
+        floor = decode_load(model, width, batch, steady.mean_context)
+        decode.append(row | beside_roofline(row["ms"], floor, ceilings) | power.medians())
+    return {"prefill": prefill, "decode": decode}
+
+
+def beside_roofline(ms: float, load: Load, ceilings: Ceilings) -> dict:
+    floor_ms = load.floor_s(ceilings) * 1e3
+    return {"roofline_ms": floor_ms, "roofline_share": floor_ms / ms, "bound_by": load.bound_by(ceilings)}
+
+
+def show(result: dict, console: Console) -> None:
+    """The tables for people."""
+    where = result["gpu"] or result["cpu"]
+    console.print(f"\n[bold]{result['model_id']}[/] on {where}, torch {result['torch']}", highlight=False)
+    if "output_throughput" in result:
+        console.print(
+            f"throughput: {result['num_prompts']} requests of {result['input_len']} tokens in, {result['output_len']} "
+            f"out: [bold]{result['output_throughput']:,.0f}[/] output tokens/s, "
+            f"{result['total_token_throughput']:,.0f} in all, {result['duration']:.2f} s",
+            highlight=False,
+        )
+    for title, first, rows in (
+        ("prefill of an idle engine", "tokens", result.get("prefill", ())),
+        ("decode step", "batch", result.get("decode", ())),
+    ):
+        if not rows:
+            continue
+        table = Table(title=title, title_justify="left")
+        for column in (first, "ms", "worst", "tokens/s", "roofline ms", "of it", "bound by", "MHz", "W"):
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(
+                str(row.get("shape", row.get("batch"))),
+                f"{row['ms']:.2f}",
+                f"{row.get('p99_ms', row.get('max_ms')):.2f}",
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['roofline_ms']:.2f}",
+                f"{row['roofline_share']:.0%}",
+                row["bound_by"],
+                "" if row["sm_mhz"] is None else f"{row['sm_mhz']:.0f}",
+                "" if row["watts"] is None else f"{row['watts']:.0f}",
+            )
+        console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Writes README.md's tables and figures from the JSON files in results/, so that no number is typed by hand.
+
+A pair of comments names what stands between them, and ``python bench.py tables`` fills it in:
+
+    <!-- table: decode results/run.json results/peers.json -->
+    <!-- /table -->
+
+Kinds: ``decode`` and ``prefill`` (a latency run, and peers to stand beside it), ``throughput`` (any number of runs),
+``conditions`` (what a run was measured on), ``figure`` (decode and prefill drawn as results/<run>.svg).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+SPAN = re.compile(r"(<!-- table: (\w+) ([^>]+?) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+
+
+def main(check: bool = False, root: Path = ROOT) -> int:
+    """Rewrites README.md and its figures; with ``check`` only says whether they are up to date."""
+    stale = [path for path, text in regenerate(root).items() if not path.exists() or path.read_text() != text]
+    for path in stale:
+        if check:
+            print(f"{path.relative_to(root)} is not what results/ says: run python bench.py tables", file=sys.stderr)
+        else:
+            path.write_text(regenerate(root)[path])
+            print(f"wrote {path.relative_to(root)}", file=sys.stderr)
+    return 1 if check and stale else 0
+
+
+def regenerate(root: Path) -> dict[Path, str]:
+    """What README.md and the figures it names should hold now."""
+    files = {}
+
+    def fill(match: re.Match) -> str:
+        opening, kind, names, _, closing = match.groups()
+        runs = [json.loads((root / name).read_text()) for name in names.split()]
+        if kind == "figure":
+            path = (root / names.split()[0]).with_suffix(".svg")
+            files[path] = figure(*runs)
+            text = f"![Decode step and prefill times beside the roofline and vLLM]({path.relative_to(root)})\n"
+        else:
+            text = KINDS[kind](*runs)
+        return f"{opening}{text}{closing}"
+
+    readme = root / "README.md"
+    return {readme: SPAN.sub(fill, readme.read_text()), **files}
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---:"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def peer_rows(peers: dict | None, kind: str, key: str) -> tuple[str, dict]:
+    """(the peer's name, its rows by batch or shape); one peer a table."""
+    if not peers:
+        return "", {}
+    name, peer = next(iter(peers["engines"].items()))
+    return name, {str(row[key]): row for row in peer[kind]}
+
+
+def latency_table(kind: str, key: str, title: str, worst: str, run: dict, peers: dict | None) -> str:
+    name, beside = peer_rows(peers, kind, key)
+    header = [title, "ms", WORST[worst], "tokens/s", "roofline ms", "share of it"]
+    rows = []
+    for row in run[kind]:
+        figures = f"{row['ms']:.2f}", f"{row[worst]:.2f}", f"{row['tokens_per_s']:,.0f}", f"{row['roofline_ms']:.2f}"
+        cells = [str(row[key]), *figures, f"{row['roofline_share']:.0%}"]
+        peer = beside.get(str(row[key]))
+        if name:
+            cells += [f"{peer['ms']:.2f}", f"{peer['ms'] / row['ms']:.2f}x"] if peer else ["", ""]
+        rows.append(cells)
+    return markdown(header + ([f"{name} ms", "its time / ours"] if name else []), rows)
+
+
+WORST = {"p99_ms": "P99 ms", "max_ms": "longest ms"}
+
+
+def decode_table(run: dict, peers: dict | None = None) -> str:
+    return latency_table("decode", "batch", "decode batch", "p99_ms", run, peers)
+
+
+def prefill_table(run: dict, peers: dict | None = None) -> str:
+    return latency_table("prefill", "shape", "prompt tokens", "max_ms", run, peers)
+
+
+def throughput_table(*runs: dict) -> str:
+    header = ["requests", "tokens in / out", "output tokens/s", "all tokens/s", "P50 TTFT ms", "P99 TBT ms"]
+    rows = [
+        [str(run["num_prompts"]), f"{run['input_len']} / {run['output_len']}", f"{run['output_throughput']:,.0f}",
+         f"{run['total_token_throughput']:,.0f}", f"{run['median_ttft_ms']:,.0f}", f"{run['p99_tbt_ms']:,.1f}"]
+        for run in runs
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
+def conditions(*runs: dict) -> str:
+    lines = []
+    for run in runs:
+        where = f"{run['gpu']}, driver {run['driver']}" if run["gpu"] else f"{run['cpu']}, {run['num_threads']} threads"
+        tools = f"torch {run['torch']}, triton {run['triton']}"
+        lines.append(
+            f"- {where}; {tools}; commit {run['git']}; `python bench.py {' '.join(run['argv'])}`".rstrip() + "\n"
+        )
+    return "".join(lines)
+
+
+KINDS = {
+    "decode": decode_table,
+    "prefill": prefill_table,
+    "throughput": throughput_table,
+    "conditions": conditions,
+}
+
+COLORS = ("#b8bec7", "#2563a8", "#c9863a")  # roofline, ours, peer
+INK, LINE = "#2b2f36", "#d9dde3"
+
+
+def figure(run: dict, peers: dict | None = None) -> str:
+    """Two groups of bars as SVG text, the same bytes for the same results."""
+    width, height = 860, 300
+    name = peer_rows(peers, "decode", "batch")[0]
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for index, label in enumerate(["roofline", "nanodrift", *([name] if name else [])]):
+        x = 300 + 120 * index
+        out.append(f'<rect x="{x}" y="10" width="12" height="12" fill="{COLORS[index]}"/>')
+        out.append(f'<text x="{x + 18}" y="20" fill="{INK}">{label}</text>')
+    for left, kind, key, title in ((20, "decode", "batch", "decode step, ms, by batch"),
+                                   (450, "prefill", "shape", "prefill, ms, by prompt tokens")):  # fmt: skip
+        beside = peer_rows(peers, kind, key)[1]
+        groups = [(str(row[key]), [row["roofline_ms"], row["ms"], beside.get(str(row[key]), {}).get("ms")])
+                  for row in run[kind]]  # fmt: skip
+        out += bars(left, 50, 390, 205, title, groups)
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+def bars(left: int, top: int, width: int, height: int, title: str, groups: list) -> list[str]:
+    most = max(value for _, values in groups for value in values if value is not None)
+    pitch = width / len(groups)
+    bar = min(26.0, pitch / 4)
+    base = top + height
+    out = [f'<text x="{left}" y="{top - 8}" fill="{INK}" font-weight="bold">{title}</text>',
+           f'<path d="M{left} {base}H{left + width}" stroke="{LINE}"/>']  # fmt: skip
+    for group, (label, values) in enumerate(groups):
+        start = left + pitch * group + (pitch - 3 * bar) / 2
+        for index, value in enumerate(values):
+            if value is None:
+                continue
+            tall = (height - 24) * value / most
+            x, y = start + bar * index, base - tall
+            out.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{bar - 2:.1f}" height="{tall:.1f}" fill="{COLORS[index]}"/>'
+            )
+            text = f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+            out.append(f'<text x="{x + bar / 2 - 1:.1f}" y="{y - 4:.1f}" font-size="9" text-anchor="middle" '
+                       f'fill="{INK}">{text}</text>')  # fmt: skip
+        middle = left + pitch * (group + 0.5)
+        out.append(f'<text x="{middle:.1f}" y="{base + 18}" text-anchor="middle" fill="{INK}">{label}</text>')
+    return out
