@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -231,7 +230,7 @@ class _Keys:
             if default is None:
                 raise ConfigError(f"{self.path}: the key {key!r} is missing. Is this a model folder, and whole?")
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**53:
             self.refuse(key, "should be a positive number")
         return float(value)
 
@@ -286,15 +285,19 @@ def _architecture(keys: _Keys) -> str:
 
 
 def _refuse_sliding_window(keys: _Keys, family: str, context_tokens: int):
-    """Mistral's window holds unless it is null, Qwen's only if switched on; Llama has none."""
-    key = {"mistral": "sliding_window", "qwen2": "use_sliding_window", "qwen3": "use_sliding_window"}.get(family)
-    if key is None or (family != "mistral" and not keys.flag(key)):
+    """Mistral's window holds unless it is null, Qwen's only if switched on; newer files may say it layer by layer."""
+    kinds = keys.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
+        keys.refuse("layer_types", "is not implemented; every layer has full attention here")
+    if not (family == "mistral" or keys.flag("use_sliding_window") or "sliding_attention" in kinds):
         return
-    window = keys.get("sliding_window", 4096)  # the families' own default
-    if window is not None and keys.count("sliding_window", default=4096) < context_tokens:
+    if keys.get("sliding_window", 0) is None:
+        return
+    window = keys.count("sliding_window", default=4096)  # the families' own default
+    if window < context_tokens:
         raise ConfigError(
-            f"{keys.path}: {key} = {json.dumps(keys.get(key))} lets attention see only the last {window} tokens; "
-            f"that is not implemented for a context of {context_tokens}. Stay within it: --max-model-len {window}."
+            f"{keys.path}: sliding_window = {window} lets attention see only the last {window} tokens; that"
+            f" is not implemented for a context of {context_tokens}. Stay within it: --max-model-len {window}."
         )
 
 
@@ -315,12 +318,15 @@ def _rope(keys: _Keys) -> RopeConfig:
         return RopeConfig(theta)
     if kind == "linear":
         return RopeConfig(theta, kind, inner.positive("factor"))
+    low_freq_factor, high_freq_factor = inner.positive("low_freq_factor"), inner.positive("high_freq_factor")
+    if low_freq_factor >= high_freq_factor:
+        inner.refuse("high_freq_factor", f"should be above low_freq_factor, {low_freq_factor}")
     return RopeConfig(
         theta,
         kind,
         inner.positive("factor"),
-        inner.positive("low_freq_factor"),
-        inner.positive("high_freq_factor"),
+        low_freq_factor,
+        high_freq_factor,
         inner.count("original_max_position_embeddings"),
     )
 
