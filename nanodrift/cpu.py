@@ -41,7 +41,7 @@ class CpuExecutor:
         rows = Rows(num_rows, max_model_len, CPU)
         kv = KVPool(model.config, num_blocks, model.dtype, CPU)
         lane = LaneResources(num_sms=1, deterministic=deterministic)
-        self.runner = Runner(model, kv, rows, lane, max(max_prefill_tokens, num_rows))
+        self.runner = Runner(model, kv, rows, lane, max_prefill_tokens + num_rows)
         self._num_tickets = 0
         self._done: list[Completion] = []
 

@@ -51,8 +51,10 @@ class Executor(Protocol):
         """Starts the work and returns at once. Work of one lane runs in launch order."""
 
     def wait(self, until_s: float | None) -> list[Completion]:
-        """Returns as soon as something has finished, or at ``until_s``. With nothing in flight it sleeps until then, and
-        returns at once when ``until_s`` is None."""
+        """Returns as soon as something has finished, or at ``until_s``.
+
+        With nothing in flight it sleeps until then, and returns at once when ``until_s`` is None.
+        """
 
     def close(self) -> None:
         """Gives back the device's memory."""

@@ -1,0 +1,167 @@
+"""From a model's name to a running engine: folder, config, memory check, weights, executor; timed phase by phase.
+
+The one place that knows all the parts. Nothing here runs once the engine is ready.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from nanodrift import hub
+from nanodrift.config import BLOCK_SIZE, ConfigError, EngineConfig, ModelConfig
+from nanodrift.cpu import CpuExecutor
+from nanodrift.engine import Engine
+from nanodrift.gpu import GpuExecutor
+from nanodrift.kvcache import blocks_for
+from nanodrift.model import Model
+from nanodrift.scheduler import Scheduler
+from nanodrift.tokenizer import MissingTokenizer, Tokenizer
+from nanodrift.weights import dummy_weights, load_weights, resolve_dtype
+
+CPU_KV_BYTES = 1 << 30  # what the cache takes on a CPU unless num_kv_blocks says otherwise
+
+Report = Callable[[str, float], None]  # phase, share done
+
+
+@dataclass
+class LoadedEngine:
+    """An engine that is ready, and what people want to know about it."""
+
+    engine: Engine
+    tokenizer: Tokenizer | None  # None: the folder has none, so prompts are token ids
+    model_config: ModelConfig
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    weights_bytes: int
+    max_model_len: int
+    num_kv_tokens: int
+    phases_s: dict[str, float] = field(default_factory=dict)
+
+
+def load_engine(model: str | None, config: EngineConfig, report: Report | None = None) -> LoadedEngine:
+    """Loads an alias, a hub id, a folder, or None: the embedded model. Raises ConfigError that says what to do."""
+    report = report or (lambda phase, done: None)
+    phases_s: dict[str, float] = {}
+    started_s = time.perf_counter()
+
+    def finish_phase(name: str) -> None:
+        nonlocal started_s
+        now_s = time.perf_counter()
+        phases_s[name] = now_s - started_s
+        started_s = now_s
+        report(name, 1.0)
+
+    device = resolve_device(config.device)
+    folder = hub.resolve_model(model, config.load_format)
+    model_config = ModelConfig.from_folder(folder, config.max_model_len)
+    try:
+        tokenizer = Tokenizer.from_folder(folder)
+    except MissingTokenizer:
+        if config.load_format != "dummy":
+            raise
+        tokenizer = None
+    dtype = resolve_dtype(config.dtype, model_config, device)
+    max_model_len = _resolve_max_model_len(config.max_model_len, model_config)
+    hub.check_memory(model_config, dtype, hub.free_memory_bytes(device), min_kv_tokens=max_model_len)
+    finish_phase("config")
+
+    if config.load_format == "dummy":
+        weights = dummy_weights(model_config, device, dtype, config.dummy_draw, config.seed)
+    else:
+        weights = load_weights(folder, model_config, device, dtype, lambda done, total: report("weights", done / total))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    finish_phase("weights")
+
+    decoder = Model(model_config, weights, max_model_len)
+    common = {
+        "num_rows": config.max_num_seqs,
+        "max_model_len": max_model_len,
+        "max_prefill_tokens": config.max_prefill_tokens,
+        "deterministic": config.deterministic,
+    }
+    if device.type == "cuda":
+        executor = GpuExecutor(
+            decoder,
+            memory_fraction=config.memory_fraction,
+            num_blocks=config.num_kv_blocks,
+            report=report,
+            **common,
+        )
+    else:
+        executor = CpuExecutor(decoder, num_blocks=_cpu_blocks(config, model_config, dtype, max_model_len), **common)
+    finish_phase("executor")
+
+    scheduler = Scheduler(
+        num_blocks=executor.num_blocks,
+        num_rows=executor.num_rows,
+        num_layers=executor.num_layers,
+        max_model_len=max_model_len,
+        max_prefill_tokens=config.max_prefill_tokens,
+        prefill_layers=config.prefill_layers,
+    )
+    engine = Engine(
+        scheduler,
+        executor,
+        vocab_size=model_config.vocab_size,
+        eos_token_ids=model_config.eos_token_ids,
+        slo=config.slo,
+        seed=config.seed,
+    )
+    return LoadedEngine(
+        engine=engine,
+        tokenizer=tokenizer,
+        model_config=model_config,
+        folder=folder,
+        device=device,
+        dtype=dtype,
+        weights_bytes=weights.bytes(),
+        max_model_len=max_model_len,
+        num_kv_tokens=executor.num_blocks * BLOCK_SIZE,
+        phases_s=phases_s,
+    )
+
+
+def resolve_device(option: str) -> torch.device:
+    """``auto`` is the first GPU, or the CPU where there is none."""
+    if option == "cpu" or (option == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {option!r} was asked for, but no CUDA device can be used: either this machine has none, or its "
+            "driver is missing or too old for this build of torch, or torch was built without CUDA. Use --device cpu."
+        )
+    index = int(option.partition(":")[2] or 0) if option != "auto" else 0
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {option!r} does not exist: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    return torch.device("cuda", index)
+
+
+def _resolve_max_model_len(option: int | None, model_config: ModelConfig) -> int:
+    if option is None:
+        return model_config.max_position
+    if option > model_config.max_position:
+        raise ConfigError(
+            f"max_model_len {option} is beyond the model's window of {model_config.max_position} tokens: positions "
+            "that it was never trained on. Ask for at most that."
+        )
+    if option < 2:
+        raise ConfigError(f"max_model_len must be at least 2, a token of prompt and one of output; got {option}")
+    return option
+
+
+def _cpu_blocks(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, max_model_len: int) -> int:
+    """Blocks in ``CPU_KV_BYTES``, at least one request's worth, at most what all rows could ever fill."""
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    per_request = blocks_for(max_model_len)
+    num_fitting = CPU_KV_BYTES // (model_config.num_kv_values_per_token * BLOCK_SIZE * dtype.itemsize)
+    return max(per_request, min(num_fitting, config.max_num_seqs * per_request))
