@@ -1,0 +1,228 @@
+"""The HTTP process's end of the engine: starts it, sends it requests, hands out their tokens, notices its death.
+
+Everything here runs on one asyncio loop. Knows nothing about HTTP or text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field
+
+from nanodrift.config import EngineConfig
+from nanodrift.server.frames import READ_BYTES, FrameDecoder, encode
+
+ENGINE_COMMAND = (sys.executable, "-m", "nanodrift.server.engine_process")
+CLOSE_GRACE_S = 5.0
+
+
+class EngineDead(RuntimeError):
+    """The engine process has ended; the text says why as far as it is known."""
+
+
+class RequestRefused(ValueError):
+    """The engine can never serve this request."""
+
+
+@dataclass
+class Output:
+    """Tokens of one request since the last look: a slow reader gets several steps' tokens together."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+
+
+class _Stream:
+    """Where one request's tokens wait for its reader."""
+
+    def __init__(self, arrival_s: float):
+        self.output = Output()
+        self.error: Exception | None = None
+        self.wake = asyncio.Event()
+        self.arrival_s = arrival_s
+        self.last_token_s: float | None = None
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.wake.set()
+
+    async def take(self) -> Output:
+        await self.wake.wait()
+        self.wake.clear()
+        if self.error is not None and not self.output.token_ids:
+            raise self.error
+        output, self.output = self.output, Output(num_cached_tokens=self.output.num_cached_tokens)
+        if self.error is not None:
+            self.wake.set()
+        return output
+
+
+class EngineClient:
+    """One engine process. ``state``: loading, ready, stopping (told to close) or dead."""
+
+    def __init__(self, telemetry=None):
+        self.state = "loading"
+        self.death = ""  # why, once the state is dead
+        self.info: dict = {}  # of the ready frame
+        self.phase = ""  # of the start-up, and how far it is
+        self.stats: dict[str, float] = {}
+        self.telemetry = telemetry
+        self.process: subprocess.Popen | None = None
+        self._streams: dict[str, _Stream] = {}
+        self._ready = asyncio.Event()  # or dead
+        self.ended = asyncio.Event()
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task | None = None
+
+    async def start(self, model: str | None, config: EngineConfig, command=ENGINE_COMMAND) -> None:
+        """Starts the process and sends it its settings; loading goes on after this returns."""
+        ours, theirs = socket.socketpair()
+        fd = theirs.fileno()
+        # A session of its own: Ctrl-C in the terminal reaches this process only, which then closes the pair.
+        self.process = subprocess.Popen(
+            [*command, "--fd", str(fd)], pass_fds=(fd,), stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        theirs.close()
+        reader, self._writer = await asyncio.open_unix_connection(sock=ours)
+        self._send(["start", {"model": model, "config": asdict(config)}])
+        self._reading = asyncio.create_task(self._read(reader))
+
+    async def wait_ready(self) -> None:
+        """Returns once requests can be sent. Raises EngineDead if loading failed."""
+        await self._ready.wait()
+        if self.state != "ready":
+            raise EngineDead(self.death or "the engine was stopped while loading")
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: dict,
+        *,
+        slo: dict | None = None,
+        arrival_s: float | None = None,
+    ) -> AsyncIterator[Output]:
+        """Tokens as they come, the last Output with a finish_reason. Closing the iterator early frees the request.
+
+        Raises RequestRefused or EngineDead. ``params`` are SamplingParams' fields; the engine sees no stop strings.
+        """
+        if self.state != "ready":
+            raise EngineDead(self.death or f"the engine is {self.state}")
+        arrival_s = time.perf_counter() if arrival_s is None else arrival_s
+        stream = self._streams[request_id] = _Stream(arrival_s)
+        body = {"id": request_id, "prompt": prompt, "params": params, "slo": slo, "arrival_s": arrival_s}
+        self._send(["add", body])
+        try:
+            finish_reason = None
+            while finish_reason is None:
+                output = await stream.take()
+                finish_reason = output.finish_reason
+                yield output
+        finally:
+            self.abort(request_id)
+
+    def abort(self, request_id: str, reason: str = "abort", stop_reason: str | None = None) -> None:
+        """Ends a request that is still running; what has ended already is left alone."""
+        stream = self._streams.pop(request_id, None)
+        if stream is not None and self.state == "ready":
+            self._send(["abort", request_id, reason, stop_reason])
+            if self.telemetry is not None:
+                self.telemetry.on_finish(reason, time.perf_counter() - stream.arrival_s)
+
+    def fail_all(self, error: Exception) -> None:
+        """Ends every request in flight with ``error``."""
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(error)
+
+    async def close(self) -> int | None:
+        """Stops the engine, by force if need be, and returns its exit status. Nothing is left running after this."""
+        if self.state in ("loading", "ready"):
+            self.state = "stopping"
+        self.fail_all(EngineDead("the server is shutting down"))
+        self._ready.set()
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._writer is not None:
+            self._writer.close()
+        if self.process is None:
+            return None
+        try:
+            return await asyncio.to_thread(self.process.wait, CLOSE_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return await asyncio.to_thread(self.process.wait)
+
+    def _send(self, message: list) -> None:
+        self._writer.write(encode(message))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        decoder = FrameDecoder()
+        try:
+            while data := await reader.read(READ_BYTES):
+                now_s = time.perf_counter()
+                for message in decoder.feed(data):
+                    self._on_message(message, now_s)
+        except (ConnectionError, ValueError) as error:
+            self.death = self.death or f"the connection to the engine broke: {error}"
+        await self._on_end()
+
+    async def _on_end(self) -> None:
+        if not self.death:
+            try:
+                status = await asyncio.to_thread(self.process.wait, CLOSE_GRACE_S)
+                how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
+            except subprocess.TimeoutExpired:
+                how = "closed its connection"
+            self.death = f"the engine process {how}"
+        self.state = "dead"
+        self.fail_all(EngineDead(self.death))
+        self._ready.set()
+        self.ended.set()
+
+    def _on_message(self, message: list, now_s: float) -> None:
+        kind, *rest = message
+        if kind == "step":
+            rows, stats = rest
+            for row in rows:
+                self._on_tokens(now_s, *row)
+            if stats is not None:
+                self.stats = stats
+        elif kind == "refused":
+            stream = self._streams.pop(rest[0], None)
+            if stream is not None:
+                stream.fail(RequestRefused(rest[1]))
+        elif kind == "phase":
+            self.phase = f"{rest[0]} {rest[1]:.0%}"
+        elif kind == "ready":
+            self.info, self.state = rest[0], "ready"
+            self._ready.set()
+        elif kind == "error":
+            self.death, self.state = rest[0], "dead"
+            self.fail_all(EngineDead(self.death))
+        else:
+            raise ValueError(f"unknown frame {kind!r}")
+
+    def _on_tokens(self, now_s, request_id, token_ids, finish_reason, stop_reason, num_cached_tokens) -> None:
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return  # aborted while the step was under way
+        output = stream.output
+        output.token_ids += token_ids
+        output.finish_reason, output.stop_reason = finish_reason, stop_reason
+        output.num_cached_tokens = max(output.num_cached_tokens, num_cached_tokens)
+        if self.telemetry is not None and token_ids:
+            since_s = stream.arrival_s if stream.last_token_s is None else stream.last_token_s
+            self.telemetry.on_tokens(len(token_ids), now_s - since_s, is_first=stream.last_token_s is None)
+            stream.last_token_s = now_s
+        if finish_reason is not None:
+            del self._streams[request_id]
+            if self.telemetry is not None:
+                self.telemetry.on_finish(finish_reason, now_s - stream.arrival_s)
+        stream.wake.set()

@@ -1,0 +1,153 @@
+"""The engine's process: takes requests off the socket pair, steps the engine, sends one frame of tokens per step.
+
+Started by client.py as ``python -m nanodrift.server.engine_process --fd N``; its settings come in the first frame. It
+dies with the process that started it: the pair's end of file wakes the loop, and a watcher thread ends the process even
+in the middle of loading. Knows nothing about HTTP or text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+
+from nanodrift.config import SLO, EngineConfig
+from nanodrift.request import SamplingParams
+from nanodrift.server.frames import FrameLink
+
+STATS_EVERY_S = 0.25
+ORPHAN_GRACE_S = 2.0  # for the loop to notice by itself that the HTTP process is gone
+
+
+def run(fd: int, load) -> int:
+    """Serves until the other side closes; returns the exit status.
+
+    ``load(model, config, report)`` returns ``(engine, info)``: an Engine, and a dict for the ready frame.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the HTTP process, which then closes the pair
+    sock = socket.socket(fileno=fd)
+    threading.Thread(target=_die_with, args=(fd,), daemon=True).start()
+    link = FrameLink(sock)
+    try:
+        messages = link.receive(None)
+        while not messages:
+            messages = link.receive(None)
+        _, start = messages.pop(0)
+        settings = start["config"]
+        config = EngineConfig.from_options(**(settings | {"slo": SLO(**settings["slo"])}))
+        engine, info = load(start["model"], config, lambda name, done: link.send(["phase", name, done]))
+        gc.collect()
+        gc.freeze()  # what start-up made stays: the collector need not walk it again
+        link.send(["ready", info])
+        try:
+            _loop(link, engine, messages)
+        finally:
+            engine.close()
+    except (EOFError, ConnectionError):
+        return 0
+    except Exception as error:
+        if not _is_plain(error):
+            traceback.print_exc()
+        link.send(["error", _describe(error)])
+        link.flush()
+        return 1
+    return 0
+
+
+def _loop(link: FrameLink, engine, messages: list[list]) -> None:
+    stats_s, was_busy = 0.0, True
+    while True:
+        for message in messages:
+            _handle(link, engine, message)
+        events = engine.step() if engine.has_work else []
+        is_busy, now_s = engine.has_work, time.perf_counter()
+        stats = None
+        if now_s - stats_s >= STATS_EVERY_S or is_busy != was_busy or (messages and not is_busy):
+            stats, stats_s, was_busy = engine.stats(), now_s, is_busy
+        if events or stats:
+            rows = [[e.request_id, e.token_ids, e.finish_reason, e.stop_reason, e.num_cached_tokens] for e in events]
+            link.send(["step", rows, stats])
+        messages = link.receive(0 if is_busy else None)
+
+
+def _handle(link: FrameLink, engine, message: list) -> None:
+    kind, *rest = message
+    if kind == "abort":
+        engine.abort(*rest)
+    elif kind == "add":
+        body = rest[0]
+        try:
+            request = engine.new_request(
+                body["prompt"],
+                SamplingParams(**body["params"]),
+                request_id=body["id"],
+                arrival_s=body["arrival_s"],
+                slo=SLO(**body["slo"]) if body["slo"] else None,
+            )
+            engine.add(request)
+        except ValueError as error:
+            link.send(["refused", body["id"], str(error)])
+    else:
+        raise ValueError(f"unknown frame {kind!r}")
+
+
+def _die_with(fd: int) -> None:
+    """Ends this process when the other end of the pair is gone, whatever the main thread is doing."""
+    poll = select.poll()
+    poll.register(fd, 0)  # hang-up and errors are reported always
+    poll.poll()
+    time.sleep(ORPHAN_GRACE_S)
+    os._exit(0)
+
+
+def _is_plain(error: Exception) -> bool:
+    """True for errors whose text says it all; of the others a trace goes to stderr."""
+    return isinstance(error, ValueError | OSError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if _is_plain(error) else f"{type(error).__name__}: {error}"
+
+
+def _load(model: str | None, config: EngineConfig, report):
+    from nanodrift import hub
+    from nanodrift.startup import load_engine
+
+    loaded = load_engine(model, config, report)
+    model_config, kv_tokens = loaded.model_config, loaded.num_kv_tokens
+    info = {
+        "folder": str(loaded.folder),
+        "description": f"{model_config.architecture}, {model_config.num_parameters / 1e6:,.0f}M parameters",
+        "is_embedded": loaded.folder == hub.EMBEDDED,
+        "has_tokenizer": loaded.tokenizer is not None,
+        "eos_token_ids": list(model_config.eos_token_ids),
+        "device_name": loaded.engine.executor.device_name,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "weights_bytes": loaded.weights_bytes,
+        "kv_tokens": kv_tokens,
+        "kv_bytes": kv_tokens * model_config.num_kv_values_per_token * loaded.dtype.itemsize,
+        "max_model_len": loaded.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "policy": "first come, first served; prompts and tokens take turns on the whole device",
+        "phases_s": loaded.phases_s,
+    }
+    return loaded.engine, info
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="this process's end of the socket pair")
+    return run(parser.parse_args().fd, _load)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # without the interpreter's teardown, which is slow and, in native extensions, noisy

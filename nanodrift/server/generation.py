@@ -1,0 +1,195 @@
+"""From token events to an answer: one HTTP request, its choices, their text, as one JSON body or as an event stream.
+
+Each prompt of the request becomes one engine request and one choice. Knows nothing about sockets: ``whole`` returns a
+body and ``events`` yields the lines of a stream; closing the iterator frees what the request holds in the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+
+from nanodrift.request import SamplingParams
+from nanodrift.server.client import EngineClient, EngineDead, RequestRefused
+from nanodrift.server.protocol import ApiError, ChatShape, CompletionShape, GenerationBody, usage
+from nanodrift.tokenizer import Detokenizer, Tokenizer
+
+DONE = "data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a choice gained: text that is certain, and how many tokens it has by now."""
+
+    text: str
+    num_tokens: int
+    is_first: bool = False
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class IdText:
+    """Stands in for a Detokenizer where the model has no tokenizer: the text of a token is its number."""
+
+    stopped_by = None
+
+    def push(self, token_ids: list[int]) -> str:
+        return "".join(f" {token_id}" for token_id in token_ids)
+
+    def finish(self) -> str:
+        return ""
+
+
+class Generation:
+    """The work behind one request to /v1/completions or /v1/chat/completions."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer | None,
+        shape: type[CompletionShape] | type[ChatShape],
+        model_name: str,
+        body: GenerationBody,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        slo: dict | None,
+        arrival_s: float,
+    ):
+        self.request_id = shape.prefix + uuid.uuid4().hex
+        self._client, self._tokenizer, self._shape, self._body = client, tokenizer, shape, body
+        self._prompts, self._params, self._slo, self._arrival_s = prompts, params, slo, arrival_s
+        self._num_tokens = [0] * len(prompts)
+        self._num_cached = [0] * len(prompts)
+        self._head = {"created": int(time.time()), "model": model_name}
+
+    async def whole(self) -> dict:
+        """The answer as one JSON body. Raises ApiError."""
+        texts: list[list[str]] = [[] for _ in self._prompts]
+        ends: list[Piece | None] = [None] * len(self._prompts)
+        async with aclosing(self._merged()) as pieces:
+            async for index, piece in pieces:
+                texts[index].append(piece.text)
+                if piece.finish_reason is not None:
+                    ends[index] = piece
+        choices = [
+            self._shape.whole_choice(index, "".join(texts[index]), end.finish_reason, end.stop_reason)
+            for index, end in enumerate(ends)
+        ]
+        head = {"id": self.request_id, "object": self._shape.whole} | self._head
+        return head | {"choices": choices, "usage": self._usage(), "system_fingerprint": None}
+
+    async def events(self) -> AsyncIterator[str]:
+        """The answer as server-sent events. Raises ApiError, possibly after the first event."""
+        options = self._body.stream_options
+        has_usage = bool(options and options.include_usage)
+        is_continuous = has_usage and bool(options.continuous_usage_stats)
+        head = {"id": self.request_id, "object": self._shape.chunk} | self._head
+        async with aclosing(self._merged()) as pieces:
+            async for index, piece in pieces:
+                if not (piece.text or piece.is_first or piece.finish_reason or is_continuous):
+                    continue  # everything new is held back
+                chunks = self._shape.chunk_choices(
+                    index, piece.text, piece.is_first, piece.finish_reason, piece.stop_reason
+                )
+                for choice in chunks:
+                    chunk = head | {"choices": [choice]}
+                    if has_usage:
+                        chunk["usage"] = self._usage() if is_continuous else None
+                    yield _event(chunk)
+        if has_usage:
+            yield _event(head | {"choices": [], "usage": self._usage()})
+        yield DONE
+
+    def _usage(self) -> dict:
+        return usage(sum(map(len, self._prompts)), sum(self._num_tokens), sum(self._num_cached))
+
+    async def _merged(self) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all choices as they come. A choice that is not read holds back only itself."""
+        if len(self._prompts) == 1:
+            async with aclosing(self._pieces(0)) as pieces:
+                async for piece in pieces:
+                    yield 0, piece
+            return
+        queue: asyncio.Queue = asyncio.Queue(maxsize=len(self._prompts))
+
+        async def pump(index: int) -> None:
+            try:
+                async with aclosing(self._pieces(index)) as pieces:
+                    async for piece in pieces:
+                        await queue.put((index, piece))
+            except Exception as error:
+                await queue.put((index, error))
+
+        tasks = [asyncio.create_task(pump(index)) for index in range(len(self._prompts))]
+        num_open = len(tasks)
+        try:
+            while num_open:
+                index, piece = await queue.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                yield index, piece
+                num_open -= piece.finish_reason is not None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _pieces(self, index: int) -> AsyncIterator[Piece]:
+        """One choice's text, up to its stop string or stop token (not shown, unless asked for) or its last token."""
+        engine_id = f"{self.request_id}-{index}" if len(self._prompts) > 1 else self.request_id
+        prompt, params, body = self._prompts[index], self._params[index], self._body
+        include_stop = bool(body.include_stop_str_in_output)
+        text = IdText()
+        if self._tokenizer is not None:
+            text = Detokenizer(
+                self._tokenizer,
+                params.stop_strings,
+                include_stop,
+                prompt_token_ids=prompt if self._shape is CompletionShape else (),
+                min_tokens=params.min_tokens,
+                skip_special_tokens=body.skip_special_tokens is not False,
+            )
+        wire_params = asdict(params) | {"stop": None}  # stop strings are this side's business
+        outputs = self._client.generate(engine_id, prompt, wire_params, slo=self._slo, arrival_s=self._arrival_s)
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    is_first = self._num_tokens[index] == 0
+                    self._num_cached[index] = output.num_cached_tokens
+                    shown = self._show(index, text, output.token_ids, output.finish_reason == "stop", include_stop)
+                    if output.finish_reason is not None:
+                        shown += text.finish()
+                    reason, stop_reason = output.finish_reason, output.stop_reason
+                    if text.stopped_by is not None:
+                        reason, stop_reason = "stop", text.stopped_by
+                        self._client.abort(engine_id, reason, stop_reason)
+                    if reason == "stop" and stop_reason in self._client.info.get("eos_token_ids", ()):
+                        stop_reason = None  # the model's own end is no news
+                    yield Piece(shown, self._num_tokens[index], is_first, reason, stop_reason)
+                    if reason is not None:
+                        return
+        except RequestRefused as error:
+            raise ApiError(400, str(error)) from error
+        except EngineDead as error:
+            raise ApiError(500, str(error), kind="server_error", code="engine_dead") from error
+
+    def _show(self, index: int, text, token_ids: list[int], ends_in_stop_token: bool, include_stop: bool) -> str:
+        """Text of new tokens, counting them up to the one that completed a stop string."""
+        num_shown = len(token_ids) - (ends_in_stop_token and not include_stop)
+        shown = ""
+        for position, token_id in enumerate(token_ids):
+            self._num_tokens[index] += 1
+            if position < num_shown:
+                shown += text.push([token_id])
+            if text.stopped_by is not None:
+                break
+        return shown
+
+
+def _event(content: dict) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

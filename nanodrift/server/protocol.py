@@ -1,0 +1,302 @@
+"""The OpenAI-shaped bodies this server understands, and the shapes it answers in.
+
+Every known field is honoured or refused with a plain sentence; unknown fields are ignored and logged once. Knows
+nothing about the engine: ``sampling`` turns a body into SamplingParams, which does the checking of values.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nanodrift.config import SLO
+from nanodrift.request import SamplingParams
+
+log = logging.getLogger("nanodrift.server")
+
+MAX_PROMPTS = 256  # in one request
+MAX_STOP_CHARS = 1000
+MAX_TOKEN_ID = 2**31 - 1
+DEFAULT_COMPLETION_TOKENS = 16
+ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"developer": "system"}
+
+# Known fields that are not honoured yet, each with the values that ask for nothing. Null is always one of them.
+NOT_HONOURED: dict[str, tuple] = {
+    "n": (1,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (),
+    "prompt_logprobs": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "truncate_prompt_tokens": (),
+    "return_token_ids": (False,),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "priority": (0,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+}
+# Fields that ask for nothing of the engine.
+HARMLESS = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "request_id", "safety_identifier"}
+# Fields of several types: what pydantic says of each type in turn is no help to anyone.
+UNION_FIELDS = {
+    "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
+    "stop": "a string or a list of strings",
+}
+_logged_fields: set[str] = set()
+
+
+class ApiError(Exception):
+    """An answer other than success, in OpenAI's shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.headers = status, headers or {}
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(BaseModel):
+    """What both kinds of completion share. A null means the default."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    slo_ttft_ms: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    slo_tbt_ms: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+
+    def check_extra(self) -> None:
+        """Refuses known fields that ask for something this server does not do. Raises ApiError."""
+        for name, value in (self.model_extra or {}).items():
+            if name in NOT_HONOURED:
+                if value is not None and not any(_is_same(value, neutral) for neutral in NOT_HONOURED[name]):
+                    raise ApiError(400, f"`{name}` is not supported by this server yet; leave it out", param=name)
+            elif name not in HARMLESS and name not in _logged_fields and len(_logged_fields) < 1000:
+                _logged_fields.add(name)
+                log.warning("request field %.80r is not known and is ignored", name)
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """Raises ApiError, in the words of SamplingParams."""
+        asked = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": 0 if self.top_k == -1 else self.top_k,  # vLLM's way to say off
+            "min_p": self.min_p,
+            "min_tokens": self.min_tokens,
+            "seed": self.seed,
+            "stop": self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "ignore_eos": self.ignore_eos,
+        }
+        try:
+            params = SamplingParams(max_tokens=max_tokens, **{k: v for k, v in asked.items() if v is not None})
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        if any(len(stop) > MAX_STOP_CHARS for stop in params.stop_strings):
+            raise ApiError(400, f"a stop string may have at most {MAX_STOP_CHARS} characters", param="stop")
+        return params
+
+    def slo(self, default: SLO) -> dict | None:
+        """The request's own promise, or None for the server's."""
+        if self.slo_ttft_ms is None and self.slo_tbt_ms is None:
+            return None
+        return {"ttft_ms": self.slo_ttft_ms or default.ttft_ms, "tbt_ms": self.slo_tbt_ms or default.tbt_ms}
+
+
+class CompletionBody(GenerationBody):
+    prompt: str | Texts | TokenIds | list[TokenIds]
+    add_special_tokens: bool | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one for each choice to come."""
+        prompt = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            prompt = [prompt]
+        if not prompt:
+            raise ApiError(400, "`prompt` is an empty list: at least one prompt is needed", param="prompt")
+        if len(prompt) > MAX_PROMPTS:
+            raise ApiError(400, f"`prompt` holds {len(prompt)} prompts; the limit is {MAX_PROMPTS}", param="prompt")
+        return prompt
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: str
+    content: str | list[ContentPart] | None = None
+
+
+class ChatBody(GenerationBody):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+
+    def plain_messages(self) -> list[dict[str, str]]:
+        """Messages as a chat template wants them: a known role, and text."""
+        if not self.messages:
+            raise ApiError(400, "`messages` is an empty list: at least one message is needed", param="messages")
+        return [{"role": _role(m.role), "content": _text(m)} for m in self.messages]
+
+
+def _role(role: str) -> str:
+    if role not in ROLES:
+        raise ApiError(400, f"role {role[:40]!r} is not known; use one of {', '.join(ROLES)}", param="messages")
+    return ROLES[role]
+
+
+def _text(message: Message) -> str:
+    if (message.model_extra or {}).get("tool_calls"):
+        raise ApiError(400, "messages with `tool_calls` are not supported by this server yet", param="messages")
+    content = message.content
+    if content is None:
+        if message.role != "assistant":
+            raise ApiError(400, f"a {message.role} message needs `content`", param="messages")
+        return ""
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if part.type != "text" or part.text is None:
+            raise ApiError(400, f"message content of type {part.type[:40]!r} is not supported: text only")
+    return "\n".join(part.text for part in content)
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
+    return type(value) is type(neutral) and value == neutral
+
+
+def describe_invalid(errors: list[dict]) -> ApiError:
+    """One sentence for what pydantic found wrong with a body."""
+    error = errors[0]
+    place = [part for part in error["loc"] if part != "body"]
+    field = str(place[0]) if place else None
+    if error["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {error['ctx']['error']} at character {error['loc'][-1]}")
+    if field in UNION_FIELDS and error["type"] != "missing":
+        return ApiError(400, f"`{field}` must be {UNION_FIELDS[field]}", param=field)
+    if field is None:
+        return ApiError(400, "the body must be a JSON object")
+    where = ".".join(str(part) for part in place[:3] if isinstance(part, int) or part.isidentifier())
+    return ApiError(400, f"`{where}`: {error['msg']}", param=field)
+
+
+def usage(num_prompt: int, num_output: int, num_cached: int) -> dict:
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
+
+
+class CompletionShape:
+    """How /v1/completions answers."""
+
+    prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
+
+    @staticmethod
+    def whole_choice(index: int, text: str, finish_reason: str, stop_reason) -> dict:
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": None,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+
+    @staticmethod
+    def chunk_choices(index: int, text: str, is_first: bool, finish_reason: str | None, stop_reason) -> list[dict]:
+        """The choices of the chunks that carry this piece, one chunk each."""
+        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        return [choice if finish_reason is None else choice | {"stop_reason": stop_reason}]
+
+
+class ChatShape:
+    """How /v1/chat/completions answers: the role in a chunk of its own, and so is the finish_reason."""
+
+    prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    @staticmethod
+    def whole_choice(index: int, text: str, finish_reason: str, stop_reason) -> dict:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+
+    @staticmethod
+    def chunk_choices(index: int, text: str, is_first: bool, finish_reason: str | None, stop_reason) -> list[dict]:
+        """The choices of the chunks that carry this piece, one chunk each."""
+        deltas = [{"role": "assistant", "content": ""}] if is_first else []
+        if text or (finish_reason is None and not is_first):
+            deltas.append({"content": text})
+        choices = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
+        if finish_reason is not None:
+            last = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
+            choices.append(last | {"stop_reason": stop_reason})
+        return choices
