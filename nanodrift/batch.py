@@ -146,7 +146,11 @@ def build_batch(rows: Rows, prefill: PrefillWork | None, decode: DecodeWork | No
         array("i", [piece.end for piece in slices]),
         starts,
     ]
-    device_parts = upload(sum(parts, array("i"))).split([len(part) for part in parts])
+    sizes = [len(part) for part in parts]
+    for part in parts:  # each starts at a multiple of 16 bytes: kernels have one binary for that and one for the rest
+        part.extend([0] * (-len(part) % 4))
+    padded = upload(sum(parts, array("i"))).split([len(part) for part in parts])
+    device_parts = [part[:size] for part, size in zip(padded, sizes, strict=True)]
     batch = Batch(
         token_ids=device_parts[0],
         positions=device_parts[1],

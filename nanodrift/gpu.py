@@ -17,12 +17,22 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodrift.batch import Batch, Rows, build_batch
+from nanodrift.batch import Batch, Rows
 from nanodrift.config import BLOCK_SIZE, ConfigError
 from nanodrift.executor import WallClock
 from nanodrift.model import KVPool, Model
 from nanodrift.ops import LaneResources
-from nanodrift.plan import Completion, DecodeWork, FusedWork, Partition, PrefillSlice, PrefillWork, Ticket, Work
+from nanodrift.plan import (
+    Completion,
+    DecodeWork,
+    FusedWork,
+    Partition,
+    PrefillSlice,
+    PrefillWork,
+    RowParams,
+    Ticket,
+    Work,
+)
 from nanodrift.runner import Runner
 
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -232,27 +242,25 @@ class GpuExecutor:
             gc.enable()
 
     def _warm_up(self, report: Callable[[str, float], None]) -> None:
-        """Runs every kernel at every size that has its own binary, on padding rows that write nothing."""
+        """Runs every kernel at every size that has its own binary. What it writes goes to the spare row's one block."""
         runner = self.runner
-        self._row_ids.view(2, -1)[0].fill_(-1)
+        spare, params = runner.rows.spare_row, RowParams(top_k=1, min_position=self.max_prefill_tokens)
         sizes = [n for n in WARM_UP_TOKENS if n < self.max_prefill_tokens] + [self.max_prefill_tokens]
         num_runs = len(sizes) + len(self._buckets)
         for done, num_tokens in enumerate(sizes):
-            stage = _next(self._prefill_stages)
-            piece = PrefillSlice("warm-up", -1, 0, (0,) * num_tokens)
-            work = PrefillWork(0, (piece,), 0, 1, is_last=False)
-            batch = build_batch(runner.rows, work, None, stage.upload)
-            runner.model.embed(batch, runner.prefill_state, runner.lane)
-            runner.model.run_layers(batch, runner.prefill_state, runner.kv, 0, 1, runner.lane)
-            stage.event.record()
+            for num_slices in {1, min(3, num_tokens)}:
+                stage = _next(self._prefill_stages)
+                piece = PrefillSlice("warm-up", spare, 0, (0,) * (num_tokens // num_slices), params)
+                runner.prefill(PrefillWork(0, (piece,) * num_slices, 0, 1, is_last=True), stage.upload)
+                stage.event.record()
             report("kernels", (done + 1) / num_runs)
         for done, bucket in enumerate(self._buckets):
-            self._row_ids[: 2 * bucket].view(2, bucket)[0].fill_(-1)
-            self._row_ids[: 2 * bucket].view(2, bucket)[1].fill_(runner.rows.spare_row)
+            row_ids, gather_ids = self._row_ids[: 2 * bucket].view(2, bucket)
+            row_ids.fill_(-1)
+            gather_ids.fill_(spare)
             self._decode_pass(bucket)
-            row_ids, positions = self._row_ids[:bucket], self._positions[:bucket]
             for has_filter, has_ban in ((False, False), (True, True)):
-                runner.sample(runner.logits[:bucket], row_ids, positions, has_filter, has_ban)
+                runner.sample(runner.logits[:bucket], row_ids, self._positions[:bucket], has_filter, has_ban)
             report("kernels", (len(sizes) + done + 1) / num_runs)
         self.stream.synchronize()
 

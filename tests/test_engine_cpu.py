@@ -1,0 +1,146 @@
+"""The engine on the CPU executor with a small random model: what the scheduler does must not show in the tokens."""
+
+import pytest
+import torch
+
+from nanodrift.config import ModelConfig, RopeConfig
+from nanodrift.cpu import CpuExecutor
+from nanodrift.engine import Engine
+from nanodrift.model import Model
+from nanodrift.plan import DecodeWork, FusedWork, NewBlocks, PrefillSlice, PrefillWork, RowParams
+from nanodrift.request import SamplingParams
+from nanodrift.scheduler import Scheduler
+from nanodrift.weights import dummy_weights
+
+VOCAB_SIZE = 300
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(
+        architecture="LlamaForCausalLM",
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        vocab_size=VOCAB_SIZE,
+        max_position=512,
+        norm_eps=1e-5,
+        rope=RopeConfig(theta=10000.0),
+        is_head_tied=False,
+        has_qkv_bias=False,
+        has_qk_norm=False,
+        dtype="float32",
+        bos_token_id=None,
+        eos_token_ids=(7,),
+    )
+    return Model(config, dummy_weights(config, torch.device("cpu"), torch.float32, seed=3))
+
+
+def make_engine(model, num_blocks=40, num_rows=8, max_prefill_tokens=256, prefill_layers=None):
+    executor = CpuExecutor(
+        model, num_blocks=num_blocks, num_rows=num_rows, max_model_len=512, max_prefill_tokens=max_prefill_tokens
+    )
+    scheduler = Scheduler(
+        num_blocks=num_blocks,
+        num_rows=num_rows,
+        num_layers=3,
+        max_model_len=512,
+        max_prefill_tokens=max_prefill_tokens,
+        prefill_layers=prefill_layers,
+    )
+    return Engine(scheduler, executor, vocab_size=VOCAB_SIZE, eos_token_ids=(7,))
+
+
+def prompts(num=6):
+    sizes = (1, 63, 64, 65, 130, 200)[:num]
+    return [[(i * 7 + j * 13) % VOCAB_SIZE for i in range(n)] for j, n in enumerate(sizes)]
+
+
+def run(engine, params, num=6):
+    requests = [engine.new_request(p, params, request_id=f"r{i}") for i, p in enumerate(prompts(num))]
+    for request in requests:
+        engine.add(request)
+    for _ in range(5000):
+        if not engine.has_work:
+            return requests
+        engine.step()
+    raise AssertionError("the engine hangs")
+
+
+def outputs(engine, params, num=6):
+    return [request.output_token_ids for request in run(engine, params, num)]
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, max_tokens=24, ignore_eos=True, seed=5)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_prefill_tokens": 17},
+        {"prefill_layers": 1},
+        {"max_prefill_tokens": 50, "prefill_layers": 2},
+        {"num_rows": 1},
+        {"num_blocks": 5},
+    ],
+    ids=str,
+)
+def test_outputs_do_not_depend_on_the_schedule(model, params, options):
+    plain = outputs(make_engine(model), params)
+    engine = make_engine(model, **options)
+    assert outputs(engine, params) == plain
+    assert engine.scheduler.pool.num_used_blocks == 0
+    if "num_blocks" in options:
+        assert engine.scheduler.num_preemptions > 0, "the pool was meant to be too small"
+
+
+def test_seeds_decide_sampled_tokens(model):
+    def sampled(seed):
+        return outputs(make_engine(model), SamplingParams(max_tokens=16, ignore_eos=True, seed=seed), num=2)
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+
+
+def test_eos_ends_unless_ignored_or_held_back(model):
+    free = outputs(make_engine(model), SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), num=1)[0]
+    stop = free[2]
+    first = free.index(stop) + 1
+    params = {"temperature": 0, "max_tokens": 60, "stop_token_ids": [stop]}
+    (ended,) = run(make_engine(model), SamplingParams(**params), num=1)
+    assert ended.output_token_ids == free[:first]
+    assert (ended.finish_reason, ended.stop_reason) == ("stop", stop)
+    held = outputs(make_engine(model), SamplingParams(**params, min_tokens=first + 3), num=1)[0]
+    assert len(held) >= first + 3
+    assert stop not in held[: first + 3], "a banned token must not be drawn at all"
+
+
+def test_a_fused_step_gives_the_tokens_of_separate_ones(model):
+    """Request a decodes while the prompt of b is computed: in one pass, and one after the other."""
+    a, b = prompts()[2], prompts()[3]
+    params = RowParams(temperature=0.0)
+
+    def prefill(batch_id, name, row, token_ids, block_ids):
+        piece = PrefillSlice(name, row, 0, tuple(token_ids), params)
+        return PrefillWork(batch_id, (piece,), 0, 3, True, (NewBlocks(row, 0, block_ids),))
+
+    def start():
+        executor = make_engine(model).executor
+        executor.launch(prefill(1, "a", 0, a, (3, 5)), executor.partitions[0])
+        return executor, executor.wait(None)[0].tokens
+
+    decode = DecodeWork(("a",), (0,), (len(a),))
+    separate, first = start()
+    separate.launch(decode, separate.partitions[0])
+    separate.launch(prefill(2, "b", 1, b, (2, 9)), separate.partitions[0])
+    (step, chunk) = separate.wait(None)
+    fused, first_again = start()
+    fused.launch(FusedWork(prefill(2, "b", 1, b, (2, 9)), decode), fused.partitions[0])
+    (both,) = fused.wait(None)
+    assert first == first_again
+    assert both.tokens == chunk.tokens + step.tokens
