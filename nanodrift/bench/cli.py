@@ -26,8 +26,8 @@ from rich.table import Table
 from nanodrift.bench import machine, offline, tables
 from nanodrift.bench.roofline import Ceilings, Load, decode_load, prefill_load
 from nanodrift.config import ConfigError, EngineConfig
-from nanodrift.engine import LoadedEngine, load_engine
 from nanodrift.metrics import percentile
+from nanodrift.startup import LoadedEngine, load_engine, resolve_device
 
 PLAN = {  # what is measured when no flag says otherwise; lengths that do not fit the model's window are left out
     "cuda": {
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("num-prompts", "input-len", "output-len"):
         offline_load.add_argument(f"--{name}", type=int, metavar="N")
     shapes = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    shapes.add_argument("--prefill", nargs="*", metavar="[R x]N", help="prompt lengths, e.g. 512 4x2048")
+    shapes.add_argument("--prefill", nargs="*", metavar="RxN", help="prompt lengths, e.g. 512 4x2048")
     shapes.add_argument("--batches", nargs="*", type=int, metavar="B", help="decode batches")
     shapes.add_argument("--context", type=int, metavar="N", help="prompt tokens of every decoding request")
     shapes.add_argument("--decode-steps", type=int, metavar="N", help="steps in the timed window")
@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"[red]bench.py:[/] {error}", highlight=False)
         return 2
     if "output" in options:
+        options["output"].parent.mkdir(parents=True, exist_ok=True)
         options["output"].write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
     return 0
@@ -106,17 +107,19 @@ def measure(mode: str, options: dict, console: Console) -> dict:
     names = {field.name for field in fields(EngineConfig)}
     config = EngineConfig.from_options(**{k: v for k, v in options.items() if k in names})
     metadata = dict(pair.split("=", 1) for pair in options.get("metadata", ()))
-    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else
-                          "cpu" if config.device == "auto" else config.device)  # fmt: skip
+    device = resolve_device(config.device)
     with progress_bar(console) as progress:
-        loaded, ceilings, ceiling_figures = load(options.get("model", "embedded"), config, device, progress)
+        loaded, ceilings, ceiling_figures = load(options.get("model"), config, device, progress)
         plan = PLAN[device.type] | {k: v for k, v in options.items() if k in PLAN[device.type]}
-        plan = fit(plan, loaded.engine.scheduler.max_model_len, config.max_num_seqs, given=options)
+        plan = fit(plan, loaded.max_model_len, config.max_num_seqs, given=options)
         result = {
             **machine.describe(device),
             "benchmark": mode,
             "label": options.get("label"),
             "model_id": options.get("model", "embedded"),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "max_model_len": loaded.max_model_len,
+            "num_kv_tokens": loaded.num_kv_tokens,
             "seed": config.seed,
             "engine": asdict(config),
             "start_s": loaded.phases_s,
@@ -139,7 +142,7 @@ def progress_bar(console: Console):
         yield progress
 
 
-def load(model: str, config: EngineConfig, device: torch.device, progress) -> tuple[LoadedEngine, Ceilings, dict]:
+def load(model: str | None, config: EngineConfig, device, progress) -> tuple[LoadedEngine, Ceilings, dict]:
     """The ceilings first, while the device is empty; then the engine, and one warm-up of both lanes."""
     task = progress.add_task("measuring the device's ceilings", total=None)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -230,28 +233,24 @@ def show(result: dict, console: Console) -> None:
             f"{result['total_token_throughput']:,.0f} in all, {result['duration']:.2f} s",
             highlight=False,
         )
-    for title, first, rows in (
-        ("prefill of an idle engine", "tokens", result.get("prefill", ())),
-        ("decode step", "batch", result.get("decode", ())),
+    for title, key, worst, rows in (
+        ("prefill of an idle engine", "shape", "max_ms", result.get("prefill", ())),
+        ("decode step", "batch", "p99_ms", result.get("decode", ())),
     ):
-        if not rows:
-            continue
         table = Table(title=title, title_justify="left")
-        for column in (first, "ms", "worst", "tokens/s", "roofline ms", "of it", "bound by", "MHz", "W"):
+        for column in (key, "ms", worst.replace("_", " "), "tokens/s", "roofline ms", "of it", "bound", "MHz", "W"):
             table.add_column(column, justify="right")
         for row in rows:
-            table.add_row(
-                str(row.get("shape", row.get("batch"))),
+            figures = (
                 f"{row['ms']:.2f}",
-                f"{row.get('p99_ms', row.get('max_ms')):.2f}",
+                f"{row[worst]:.2f}",
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['roofline_ms']:.2f}",
-                f"{row['roofline_share']:.0%}",
-                row["bound_by"],
-                "" if row["sm_mhz"] is None else f"{row['sm_mhz']:.0f}",
-                "" if row["watts"] is None else f"{row['watts']:.0f}",
             )
-        console.print(table)
+            power = [f"{row[name]:.0f}" if row[name] is not None else "" for name in ("sm_mhz", "watts")]
+            table.add_row(str(row[key]), *figures, f"{row['roofline_share']:.0%}", row["bound_by"], *power)
+        if rows:
+            console.print(table)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Load:
 
     def bound_by(self, ceilings: Ceilings) -> str:
         is_memory = self.num_bytes / ceilings.bytes_per_s >= self.num_flops / ceilings.flops_per_s
-        return "bandwidth" if is_memory else "arithmetic"
+        return "memory" if is_memory else "compute"
 
 
 def layer_weights(model: ModelConfig) -> int:
