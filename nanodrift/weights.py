@@ -124,20 +124,16 @@ def load_weights(
     Raises ConfigError that names the file (missing, truncated, a pickle) or the tensors (names, shapes) that are wrong;
     names and shapes are compared before anything is allocated or copied.
     """
-    paths = _weight_files(Path(folder))
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(_open(path)) for path in paths]
-        shapes = {}  # name -> (file, shape)
-        for path, file in zip(paths, files, strict=True):
-            for name in file.keys():
-                shapes[name] = (file, path, tuple(file.get_slice(name).get_shape()))
+        files = [stack.enter_context(_open(path)) for path in _weight_files(Path(folder))]
+        found = {name: file for file in files for name in file.keys()}
         expected = named_places(empty_weights(config, torch.device("meta"), dtype), config)
-        _compare(expected, {name: shape for name, (_, _, shape) in shapes.items()}, config, folder)
+        _compare(expected, {name: file.get_slice(name) for name, file in found.items()}, config, folder)
         weights = empty_weights(config, device, dtype)
         places = named_places(weights, config)
         total_bytes, read_bytes = sum(place.nbytes for place in places.values()), 0
         report = stack.enter_context(_bar(total_bytes)) if progress is True else progress or None
-        for name, (file, _, _) in shapes.items():  # in file order, so that the disk is read front to back
+        for name, file in found.items():  # in file order, so that the disk is read front to back
             if name in places:
                 places[name].copy_(file.get_tensor(name))
                 read_bytes += places[name].nbytes
@@ -231,17 +227,18 @@ def _open(path: Path) -> Iterator:
         yield opened
 
 
-def _compare(
-    expected: dict[str, torch.Tensor], found: dict[str, tuple], config: ModelConfig, folder: str | Path
-) -> None:
-    """Every tensor that is missing, not known or of another shape, in one error."""
+def _compare(expected: dict[str, torch.Tensor], found: dict, config: ModelConfig, folder: str | Path) -> None:
+    """Every tensor that is missing, not known, of another shape or not of floats, in one error."""
     problems = [f"{name} is missing" for name in expected if name not in found]
-    for name, shape in found.items():
+    for name, stored in found.items():
+        shape = tuple(stored.get_shape())
         if name not in expected:
             is_known_stray = name.endswith("rotary_emb.inv_freq") or (config.is_head_tied and name == "lm_head.weight")
             problems += [] if is_known_stray else [f"{name} is not part of {config.architecture}"]
         elif tuple(expected[name].shape) != shape:
             problems.append(f"{name} has shape {list(shape)}, config.json asks for {list(expected[name].shape)}")
+        elif stored.get_dtype() not in ("BF16", "F16", "F32"):
+            problems.append(f"{name} is stored as {stored.get_dtype()}, where BF16, F16 and F32 are read")
     if problems:
         raise ConfigError(
             f"the weights in {folder} do not fit its config.json, in {len(problems)} places: {_first_ten(problems)}. "

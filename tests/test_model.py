@@ -1,0 +1,153 @@
+"""The decoder against transformers: logits and greedy tokens, however a pass is cut into token and layer chunks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, Driver, transformers_config, transformers_model
+
+from nanodrift.config import ModelConfig
+from nanodrift.model import Model, rope_table
+from nanodrift.ops import LaneResources
+from nanodrift.weights import load_weights
+
+CPU = torch.device("cpu")
+CONFIGS = Path(__file__).parent / "configs"
+PROMPTS = [150, 70, 1, 64]  # tokens; the last joins while the others decode
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """family -> the folder its model was saved in."""
+    made = {}
+
+    def folder(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            transformers_model(family).save_pretrained(made[family])
+        return made[family]
+
+    return folder
+
+
+def load(folder) -> Model:
+    config = ModelConfig.from_folder(folder)
+    return Model(config, load_weights(folder, config, CPU, torch.float32))
+
+
+def random_prompts(vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in PROMPTS]
+
+
+def serve(driver: Driver, num_steps: int) -> list[tuple[list[int], torch.Tensor]]:
+    """Prefill in chunks, decode together, one prompt joining midway -> per prompt (tokens, logits [steps, V])."""
+    prompts = random_prompts(driver.model.config.vocab_size)
+    layers = driver.model.config.num_layers
+    tokens, logits = [list(p) for p in prompts], [[] for _ in prompts]
+
+    def take(rows, results):
+        for row, result in zip(rows, results, strict=True):
+            logits[row].append(result)
+            tokens[row].append(int(result.argmax()))
+
+    def decode(rows):
+        return [(row, tokens[row][-1], len(tokens[row]) - 1) for row in rows]
+
+    first = driver.forward(
+        [(0, 0, prompts[0][:100], False), (1, 0, prompts[1], True)], layer_chunks=[(0, 1), (1, layers)]
+    )
+    take([1], first)
+    take([0, 2], driver.forward([(0, 100, prompts[0][100:], True), (2, 0, prompts[2], True)]))
+    for _ in range(2):
+        take([1, 0, 2], driver.forward(decode=decode([1, 0, 2])))
+    joined = driver.forward([(3, 0, prompts[3], True)], decode([0, 1, 2]), [(0, 2), (2, layers)])
+    take([3, 0, 1, 2], joined)
+    for _ in range(num_steps - 4):
+        padded = [*decode([3, 2]), (-1, 0, 0), *decode([1, 0]), (-1, 0, 0)]
+        results = driver.forward(decode=padded)
+        assert results.isfinite().all()
+        take([3, 2, 1, 0], results[[0, 1, 3, 4]])
+    return [(t, torch.stack(x)) for t, x in zip(tokens, logits, strict=True)]
+
+
+def check_against_transformers(served, reference, atol):
+    for (tokens, logits), num_prompt in zip(served, PROMPTS, strict=True):
+        with torch.no_grad():
+            expected = reference(torch.tensor([tokens[:-1]])).logits[0, num_prompt - 1 :].float()
+        torch.testing.assert_close(logits, expected, atol=atol, rtol=0)
+        assert tokens[num_prompt:] == expected.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunked_and_mixed_passes_equal_transformers(family, folders):
+    served = serve(Driver(load(folders(family))), num_steps=12)
+    check_against_transformers(served, transformers_model(family), atol=2e-4)
+
+
+def test_preallocated_memory_and_fixed_tiles_change_nothing(folders):
+    model = load(folders("qwen3"))
+    served = serve(Driver(model), num_steps=6)
+    for deterministic in (False, True):
+        lane = LaneResources(deterministic=deterministic, scratch=model.new_scratch(256, (1,)))
+        for (tokens, logits), (expected_tokens, expected) in zip(serve(Driver(model, lane), 6), served, strict=True):
+            assert tokens == expected_tokens
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_two_passes_in_flight_do_not_touch_each_other(folders):
+    """A prefill suspended between layers survives another prefill and a decode step over the same weights and cache."""
+    model = load(folders("llama3.1"))
+    driver, lane = Driver(model), LaneResources()
+    long, short, _, other = random_prompts(model.config.vocab_size)
+    whole = driver.forward([(4, 0, long, True)])
+    driver.forward([(1, 0, short, True)])
+    batch, state = driver.batch([(0, 0, long, True)]), model.new_state(200)
+    model.embed(batch, state, lane)
+    for layer in range(model.config.num_layers):
+        model.run_layers(batch, state, driver.kv, layer, layer + 1, lane)
+        driver.forward([(2, 0, other, True)])
+        driver.forward(decode=[(1, 7, len(short))])
+    assert torch.equal(model.head(batch, state, lane), whole)
+
+
+def test_padding_writes_nothing_to_the_cache(folders):
+    driver = Driver(load(folders("llama")))
+    driver.forward([(0, 0, list(range(70)), True)])
+    before = driver.kv.k.clone(), driver.kv.v.clone()
+    driver.forward(decode=[(-1, 0, 0), (-1, 5, 0)])
+    assert torch.equal(driver.kv.k, before[0]) and torch.equal(driver.kv.v, before[1])
+    batch = driver.batch([(0, 70, [1, 2], False)])  # a chunk that does not end its prompt asks for no logits
+    assert driver.model.head(batch, driver.state, driver.lane).shape == (0, 303)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b-instruct", "llama-3.2-1b", "qwen3-8b", "mistral-7b-v0.3"])
+def test_rope_table_equals_transformers_over_the_window(name):
+    raw = json.loads((CONFIGS / f"{name}.json").read_text())
+    config, theirs = ModelConfig.from_dict(raw, name), transformers_config(raw)
+    rotary = __import__(f"transformers.models.{raw['model_type']}.modeling_{raw['model_type']}", fromlist=["x"])
+    rotary = getattr(rotary, raw["architectures"][0].replace("ForCausalLM", "RotaryEmbedding"))(theirs)
+    window = config.max_position
+    table = rope_table(config.rope, config.head_dim, window)
+    assert table.shape == (window, config.head_dim) and table.dtype == torch.float32
+    positions = torch.cat([torch.arange(300), torch.arange(300, window, 97), torch.arange(window - 300, window)])
+    cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions[None])
+    half = config.head_dim // 2
+    torch.testing.assert_close(table[positions, :half], cos[0, :, :half], atol=1e-6, rtol=0)
+    torch.testing.assert_close(table[positions, half:], sin[0, :, half:], atol=1e-6, rtol=0)
+
+
+def test_the_model_runs_through_triton_in_the_interpreter(folders):
+    """The wiring of the kernels, S partials and scratch included; their arithmetic has tests of its own."""
+    model = load(folders("qwen3"))
+    prompt = random_prompts(model.config.vocab_size)[1]
+    for deterministic in (False, True):
+        lane = LaneResources(2, deterministic, model.new_scratch(128, (2,)), use_triton=True)
+        results = []
+        for driver in (Driver(model), Driver(model, lane)):
+            results.append(
+                [driver.forward([(0, 0, prompt[:66], True)]), driver.forward(decode=[(0, 5, 66), (-1, 0, 0)])[:1]]
+            )
+        for expected, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
