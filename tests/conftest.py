@@ -9,3 +9,5 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(1)  # the models of the tests are tiny: threads that wait for each other cost more than they bring
