@@ -107,10 +107,10 @@ def _add_rmsnorm_kernel(
 
 
 def _launch_shape(num_tokens: int, width: int, num_sms: int) -> tuple[int, int, int]:
-    """-> (programs, BLOCK_C, warps). Eight programs an SM keep enough rows in flight to fill the memory pipeline."""
+    """-> (programs, BLOCK_C, warps). Sixteen programs an SM: as many as fit, twice."""
     assert width <= MAX_WIDTH, f"rows of {width} do not fit into registers (at most {MAX_WIDTH})"
     block = triton.next_power_of_2(width)
-    return min(num_tokens, num_sms * 8), block, min(max(block // 512, 1), 8)
+    return min(num_tokens, num_sms * 16), block, min(max(block // 512, 1), 8)
 
 
 def rmsnorm(

@@ -102,50 +102,50 @@ def _rope_kv_write_kernel(
         # map step -> token, heads
         token = step // NUM_TILES
         heads = (step % NUM_TILES) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+        # load: both halves of every head, partials summed in order
+        inside = (heads < H + 2 * K) & (dims < HALF)
+        offsets = token * WIDTH + heads * D + dims
+        first = tl.load(qkv_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(qkv_ptr + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
+        for s in tl.static_range(1, NUM_PARTIALS):
+            partial_ptr = qkv_ptr + s * num_tokens * WIDTH
+            first += tl.load(partial_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+            second += tl.load(partial_ptr + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
+        row = tl.load(rows_ptr + token)
+        position = tl.where(row >= 0, tl.load(positions_ptr + token), 0)
+        cos = tl.load(cos_sin_ptr + position * D + dims)
+        sin = tl.load(cos_sin_ptr + position * D + HALF + dims)
+        block = tl.load(block_table_ptr + tl.maximum(row, 0) * stride_table + position // BLOCK_SIZE).to(tl.int64)
+        # padding is not branched around, so that all loads start at once: its heads go nowhere instead
+        heads = tl.where(row >= 0, heads, H + 2 * K)
         is_query = heads < H
         is_key = (heads >= H) & (heads < H + K)
         is_value = (heads >= H + K) & (heads < H + 2 * K)
-        row = tl.load(rows_ptr + token)
-        if row >= 0:
-            # load: both halves of every head, partials summed in order
-            inside = (heads < H + 2 * K) & (dims < HALF)
-            offsets = token * WIDTH + heads * D + dims
-            first = tl.load(qkv_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-            second = tl.load(qkv_ptr + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
-            for s in tl.static_range(1, NUM_PARTIALS):
-                first += tl.load(qkv_ptr + s * num_tokens * WIDTH + offsets, mask=inside, other=0.0).to(tl.float32)
-                second += tl.load(qkv_ptr + s * num_tokens * WIDTH + offsets + HALF, mask=inside, other=0.0).to(
-                    tl.float32
-                )
-            position = tl.load(positions_ptr + token)
-            cos = tl.load(cos_sin_ptr + position * D + dims)
-            sin = tl.load(cos_sin_ptr + position * D + HALF + dims)
-            block = tl.load(block_table_ptr + row * stride_table + position // BLOCK_SIZE).to(tl.int64)
-            # compute: qk-norm, then the rotation; values pass through with cos 1, sin 0
-            if HAS_NORM:
-                square_sum = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
-                scale = tl.rsqrt(square_sum / D + eps)[:, None]
-                weight_1 = tl.where(is_query, tl.load(q_norm_ptr + dims), tl.load(k_norm_ptr + dims)).to(tl.float32)
-                weight_2 = tl.where(is_query, tl.load(q_norm_ptr + HALF + dims), tl.load(k_norm_ptr + HALF + dims))
-                normed_1 = ((first * scale).to(dtype).to(tl.float32) * weight_1).to(dtype).to(tl.float32)
-                normed_2 = ((second * scale).to(dtype).to(tl.float32) * weight_2.to(tl.float32)).to(dtype)
-                first = tl.where(is_query | is_key, normed_1, first)
-                second = tl.where(is_query | is_key, normed_2.to(tl.float32), second)
-            cos = tl.where(is_query | is_key, cos, 1.0)
-            sin = tl.where(is_query | is_key, sin, 0.0)
-            rotated_1 = (first * cos - second * sin).to(dtype)
-            rotated_2 = (second * cos + first * sin).to(dtype)
-            # store: cache offsets are int64, pools exceed 2^31 elements
-            q_offsets = (token * H + heads) * D + dims
-            tl.store(out_ptr + q_offsets, rotated_1, mask=is_query)
-            tl.store(out_ptr + q_offsets + HALF, rotated_2, mask=is_query)
-            slot = position % BLOCK_SIZE
-            k_offsets = ((block * K + heads - H) * BLOCK_SIZE + slot) * D + dims
-            tl.store(k_cache_ptr + k_offsets, rotated_1, mask=is_key)
-            tl.store(k_cache_ptr + k_offsets + HALF, rotated_2, mask=is_key)
-            v_offsets = ((block * K + heads - H - K) * BLOCK_SIZE + slot) * D + dims
-            tl.store(v_cache_ptr + v_offsets, rotated_1, mask=is_value)
-            tl.store(v_cache_ptr + v_offsets + HALF, rotated_2, mask=is_value)
+        # compute: qk-norm, then the rotation; values pass through with cos 1, sin 0
+        if HAS_NORM:
+            square_sum = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+            scale = tl.rsqrt(square_sum / D + eps)[:, None]
+            weight_1 = tl.where(is_query, tl.load(q_norm_ptr + dims), tl.load(k_norm_ptr + dims)).to(tl.float32)
+            weight_2 = tl.where(is_query, tl.load(q_norm_ptr + HALF + dims), tl.load(k_norm_ptr + HALF + dims))
+            normed_1 = ((first * scale).to(dtype).to(tl.float32) * weight_1).to(dtype).to(tl.float32)
+            normed_2 = ((second * scale).to(dtype).to(tl.float32) * weight_2.to(tl.float32)).to(dtype)
+            first = tl.where(is_query | is_key, normed_1, first)
+            second = tl.where(is_query | is_key, normed_2.to(tl.float32), second)
+        cos = tl.where(is_query | is_key, cos, 1.0)
+        sin = tl.where(is_query | is_key, sin, 0.0)
+        rotated_1 = (first * cos - second * sin).to(dtype)
+        rotated_2 = (second * cos + first * sin).to(dtype)
+        # store: cache offsets are int64, pools exceed 2^31 elements
+        q_offsets = (token * H + heads) * D + dims
+        tl.store(out_ptr + q_offsets, rotated_1, mask=is_query)
+        tl.store(out_ptr + q_offsets + HALF, rotated_2, mask=is_query)
+        slot = position % BLOCK_SIZE
+        k_offsets = ((block * K + heads - H) * BLOCK_SIZE + slot) * D + dims
+        tl.store(k_cache_ptr + k_offsets, rotated_1, mask=is_key)
+        tl.store(k_cache_ptr + k_offsets + HALF, rotated_2, mask=is_key)
+        v_offsets = ((block * K + heads - H - K) * BLOCK_SIZE + slot) * D + dims
+        tl.store(v_cache_ptr + v_offsets, rotated_1, mask=is_value)
+        tl.store(v_cache_ptr + v_offsets + HALF, rotated_2, mask=is_value)
 
 
 def rope_kv_write(
@@ -182,7 +182,7 @@ def rope_kv_write(
     if num_tokens > 0:
         block_heads = 16  # x D = 128: 16 numbers a thread, two 16-byte vectors of bf16
         num_steps = num_tokens * triton.cdiv(num_heads + 2 * num_kv_heads, block_heads)
-        _rope_kv_write_kernel[(min(num_steps, num_sms * 16),)](
+        _rope_kv_write_kernel[(min(num_steps, num_sms * 64),)](
             qkv,
             cos_sin,
             positions,

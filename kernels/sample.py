@@ -127,15 +127,19 @@ def ban_tokens_reference(
 
 
 @triton.jit
-def _gumbel(seed, position, quads, BLOCK_V: tl.constexpr):
-    """Noise for vocabulary entries 4 * quads .. 4 * quads + 3: [BLOCK_V / 4] -> [BLOCK_V], in vocabulary order."""
+def _uniform(seed, position, quads, BLOCK_V: tl.constexpr):
+    """Uniform numbers of vocabulary entries 4 * quads .. 4 * quads + 3: [BLOCK_V / 4] -> [BLOCK_V], in that order."""
     zero = quads * 0
     w0, w1, w2, w3 = tl.philox(seed, quads, position + zero, zero, zero)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK_V])
-    v = (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    return (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+
+
+@triton.jit
+def _gumbel(v):
+    """As in ``gumbel_reference``."""
     series = v * (1.0 + v * (0.5 + v * (1.0 / 3.0 + v * 0.25)))
-    exponential = tl.where(v < 0.0078125, series, -tl.log(tl.maximum(1.0 - v, 1.4901161193847656e-08)))
-    return -tl.log(exponential)
+    return -tl.log(tl.where(v < 0.0078125, series, -tl.log(tl.maximum(1.0 - v, 1.4901161193847656e-08))))
 
 
 @triton.jit(do_not_specialize=["num_spans", "tiles_per_span"])
@@ -166,16 +170,27 @@ def _sample_spans_kernel(
     quads = tl.arange(0, BLOCK_V // 4)
     best = tl.full([BLOCK_V], float("-inf"), tl.float32)
     best_token = tl.zeros([BLOCK_V], tl.int32)
+    to_beat = tl.full((), float("-inf"), tl.float32)  # the best of all lanes
     for tile in range(span * tiles_per_span, (span + 1) * tiles_per_span):
         # load
         tokens = tile * BLOCK_V + lanes
         score = tl.load(logits_ptr + b * V + tokens, mask=tokens < V, other=float("-inf")).to(tl.float32)
+        score = tl.where(score == score, score, float("-inf"))
         # compute: each lane keeps its own best; a strict > keeps the lowest index of equals
         if temperature > 0.0:
-            score = score * inverse + _gumbel(seed, position, tile * (BLOCK_V // 4) + quads, BLOCK_V)
-        is_better = score > best  # False for NaN
-        best = tl.where(is_better, score, best)
-        best_token = tl.where(is_better, tokens, best_token)
+            score = score * inverse
+            v = _uniform(seed, position, tile * (BLOCK_V // 4) + quads, BLOCK_V)
+            # noise < -log(v) <= ln 2 * (127 - exponent bits of v), and 0.7 > ln 2 leaves room for rounding: most tiles
+            # are out before any logarithm is taken
+            most_noise = 0.7 * (127 - (v.to(tl.int32, bitcast=True) >> 23)).to(tl.float32)
+            if tl.max(score + most_noise, axis=0) > to_beat:
+                score += _gumbel(v)
+                best_token = tl.where(score > best, tokens, best_token)
+                best = tl.maximum(score, best)
+                to_beat = tl.max(best, axis=0)
+        else:
+            best_token = tl.where(score > best, tokens, best_token)
+            best = tl.maximum(score, best)
     # store the span's winner
     score = tl.max(best, axis=0)
     token = tl.min(tl.where(best == score, best_token, V), axis=0)
@@ -285,10 +300,13 @@ def _pick(passes1, passes2, passes3, a0, a1, a2, a3):
 
 
 @triton.jit
-def _mass_above(row_ptr, t1, t2, t3, best, scale, V: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr):
-    """One pass over a row: for three thresholds, the sum of exp2((x - best) * scale) and the number of x >= threshold.
+def _mass_above(
+    row_ptr, t1, t2, t3, best, scale, WEIGHTED: tl.constexpr, V: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr
+):
+    """One pass over a row: for three thresholds, the mass and the number of all x >= threshold.
 
-    Sums run in a fixed order. A tile is [TILE / LANES, LANES]; its rows are added up inside each thread.
+    The mass is the sum of exp2((x - best) * scale) if WEIGHTED, else the number again. Sums run in a fixed order. A
+    tile is [TILE / LANES, LANES]; its rows are added up inside each thread.
     """
     offsets = tl.arange(0, TILE // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     mass1 = tl.zeros([LANES], tl.float32)
@@ -297,23 +315,23 @@ def _mass_above(row_ptr, t1, t2, t3, best, scale, V: tl.constexpr, TILE: tl.cons
     count1 = tl.zeros([LANES], tl.int32)
     count2 = tl.zeros([LANES], tl.int32)
     count3 = tl.zeros([LANES], tl.int32)
-    for start in range(0, V, TILE):
+    for start in tl.range(0, V, TILE, num_stages=3):
         x = tl.load(row_ptr + start + offsets, mask=start + offsets < V, other=float("-inf"))
-        weight = tl.exp2((x - best) * scale)
-        mass1 += tl.sum(tl.where(x >= t1, weight, 0.0), axis=0)
-        mass2 += tl.sum(tl.where(x >= t2, weight, 0.0), axis=0)
-        mass3 += tl.sum(tl.where(x >= t3, weight, 0.0), axis=0)
         count1 += tl.sum((x >= t1).to(tl.int32), axis=0)
         count2 += tl.sum((x >= t2).to(tl.int32), axis=0)
         count3 += tl.sum((x >= t3).to(tl.int32), axis=0)
-    return (
-        tl.sum(mass1, axis=0),
-        tl.sum(mass2, axis=0),
-        tl.sum(mass3, axis=0),
-        tl.sum(count1, axis=0),
-        tl.sum(count2, axis=0),
-        tl.sum(count3, axis=0),
-    )
+        if WEIGHTED:
+            weight = tl.exp2((x - best) * scale)
+            mass1 += tl.sum(tl.where(x >= t1, weight, 0.0), axis=0)
+            mass2 += tl.sum(tl.where(x >= t2, weight, 0.0), axis=0)
+            mass3 += tl.sum(tl.where(x >= t3, weight, 0.0), axis=0)
+    num1 = tl.sum(count1, axis=0)
+    num2 = tl.sum(count2, axis=0)
+    num3 = tl.sum(count3, axis=0)
+    if WEIGHTED:
+        return tl.sum(mass1, axis=0), tl.sum(mass2, axis=0), tl.sum(mass3, axis=0), num1, num2, num3
+    else:
+        return num1.to(tl.float32), num2.to(tl.float32), num3.to(tl.float32), num1, num2, num3
 
 
 @triton.jit
@@ -323,6 +341,7 @@ def _largest_threshold(
     best,
     scale,
     target,
+    WEIGHTED: tl.constexpr,
     V: tl.constexpr,
     TILE: tl.constexpr,
     LANES: tl.constexpr,
@@ -330,9 +349,9 @@ def _largest_threshold(
 ):
     """The largest threshold t >= low whose mass (see ``_mass_above``) is still >= target, up to an equal set.
 
-    scale 0 makes every weight 1, so the mass counts: the same search serves top-k and top-p. Invariant: low passes,
-    high does not. Three trial thresholds cut the bracket to a quarter; early passes cut it by value (quick on logits
-    as they are), later ones by the numbers' bits, which ends for sure. It stops once one number is left in between.
+    Invariant: low passes, high does not. Three trial thresholds cut the bracket to a quarter; early passes cut it by
+    value (quick on logits as they are), later ones by the numbers' bits, which ends for sure. It stops once at most one
+    number is left in between.
     """
     high = _flip(_flip(best.to(tl.int32, bitcast=True)) + 1).to(tl.float32, bitcast=True)  # the next number above best
     count_low = tl.full((), V, tl.int32)
@@ -349,7 +368,9 @@ def _largest_threshold(
             t1 = tl.minimum(tl.maximum(low + (high - low) * 0.25, low), high)
             t2 = tl.minimum(tl.maximum(low + (high - low) * 0.5, low), high)
             t3 = tl.minimum(tl.maximum(low + (high - low) * 0.75, low), high)
-        mass1, mass2, mass3, count1, count2, count3 = _mass_above(row_ptr, t1, t2, t3, best, scale, V, TILE, LANES)
+        mass1, mass2, mass3, count1, count2, count3 = _mass_above(
+            row_ptr, t1, t2, t3, best, scale, WEIGHTED, V, TILE, LANES
+        )
         passes1, passes2, passes3 = mass1 >= target, mass2 >= target, mass3 >= target
         count_low, count_high = (
             _pick(passes1, passes2, passes3, count_low, count1, count2, count3),
@@ -393,7 +414,7 @@ def _filter_kernel(
     # first pass: the largest and the smallest finite logit
     largest = tl.full([LANES], float("-inf"), tl.float32)
     smallest = tl.full([LANES], float("inf"), tl.float32)
-    for start in range(0, V, TILE):
+    for start in tl.range(0, V, TILE, num_stages=3):
         x = tl.load(row_ptr + start + offsets, mask=start + offsets < V, other=float("-inf"))
         largest = tl.maximum(largest, tl.max(x, axis=0))
         smallest = tl.minimum(smallest, tl.min(tl.where(x > float("-inf"), x, float("inf")), axis=0))
@@ -402,16 +423,17 @@ def _filter_kernel(
     # narrow the threshold: top-k, then top-p on what is left, then min-p
     if has_top_k:
         threshold = _largest_threshold(
-            row_ptr, threshold, best, 0.0, top_k.to(tl.float32), V, TILE, LANES, VALUE_PASSES
+            row_ptr, threshold, best, 0.0, top_k.to(tl.float32), False, V, TILE, LANES, VALUE_PASSES
         )
     if top_p < 1.0:
         scale = 1.4426950408889634 / temperature
-        total, _1, _2, _3, _4, _5 = _mass_above(row_ptr, threshold, threshold, threshold, best, scale, V, TILE, LANES)
-        threshold = _largest_threshold(row_ptr, threshold, best, scale, top_p * total, V, TILE, LANES, VALUE_PASSES)
+        low = threshold
+        total, _1, _2, _3, _4, _5 = _mass_above(row_ptr, low, low, low, best, scale, True, V, TILE, LANES)
+        threshold = _largest_threshold(row_ptr, low, best, scale, top_p * total, True, V, TILE, LANES, VALUE_PASSES)
     if min_p > 0.0:
         threshold = tl.maximum(threshold, best + temperature * tl.log(min_p))
     # last pass: only what falls is written
-    for start in range(0, V, TILE):
+    for start in tl.range(0, V, TILE, num_stages=3):
         inside = start + offsets < V
         x = tl.load(row_ptr + start + offsets, mask=inside, other=0.0)
         tl.store(
