@@ -1,16 +1,17 @@
 """The decoder against transformers: logits and greedy tokens, however a pass is cut into token and layer chunks."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, Driver, transformers_config, transformers_model
+from tiny_models import FAMILIES, Driver, config_json, transformers_config, transformers_model, transformers_twin
 
 from nanodrift.config import ModelConfig
 from nanodrift.model import Model, rope_table
 from nanodrift.ops import LaneResources
-from nanodrift.weights import load_weights
+from nanodrift.weights import dummy_weights, load_weights
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parent / "configs"
@@ -138,6 +139,7 @@ def test_rope_table_equals_transformers_over_the_window(name):
     torch.testing.assert_close(table[positions, half:], sin[0, :, half:], atol=1e-6, rtol=0)
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled where there is a GPU")
 def test_the_model_runs_through_triton_in_the_interpreter(folders):
     """The wiring of the kernels, S partials and scratch included; their arithmetic has tests of its own."""
     model = load(folders("qwen3"))
@@ -151,3 +153,60 @@ def test_the_model_runs_through_triton_in_the_interpreter(folders):
             )
         for expected, got in zip(*results, strict=True):
             torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+
+
+def gpu_lane(model: Model, deterministic: bool = False) -> LaneResources:
+    num_sms = torch.cuda.get_device_properties(model.device).multi_processor_count
+    return LaneResources(num_sms, deterministic, model.new_scratch(512, (num_sms,)))
+
+
+def drawn_model(raw: dict, dtype: torch.dtype = torch.bfloat16) -> Model:
+    config = ModelConfig.from_dict(raw, "config.json")
+    return Model(config, dummy_weights(config, torch.device("cuda"), dtype), max_model_len=512)
+
+
+def errors_beside_bf16(raw: dict, model: Model, served) -> tuple[float, float]:
+    """Root mean square distance to transformers in fp32, over every logit served: (ours, transformers' own in bf16)."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    twins = [transformers_twin(raw, model.config, model.weights, d) for d in (torch.float32, torch.bfloat16)]
+    for (tokens, logits), num_prompt in zip(served, PROMPTS, strict=True):
+        inputs = torch.tensor([tokens[:-1]], device=model.device)
+        exact, rounded = (twin(inputs).logits[0, num_prompt - 1 :].double().cpu() for twin in twins)
+        squares += torch.stack([((x.double() - exact) ** 2).mean() for x in (logits, rounded)])
+    ours, theirs = (squares / len(served)).sqrt().tolist()
+    print(f"logit error against fp32: {ours:.5f} ours, {theirs:.5f} transformers in bf16")
+    return ours, theirs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "head_dim"), [*((f, 64) for f in FAMILIES), ("llama3.1", 128), ("qwen3", 128)])
+def test_bf16_on_the_gpu_errs_no_more_than_transformers(family, head_dim):
+    sizes = {"hidden_size": 4 * head_dim, "head_dim": head_dim, "intermediate_size": 768, "num_hidden_layers": 6}
+    raw = config_json(family, **sizes)
+    model = drawn_model(raw)
+    ours, theirs = errors_beside_bf16(raw, model, serve(Driver(model, gpu_lane(model)), num_steps=12))
+    assert ours <= 1.5 * theirs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama3.1", "qwen3"])
+def test_deterministic_bits_do_not_depend_on_how_a_pass_is_cut(family):
+    model = drawn_model(config_json(family, num_hidden_layers=6))
+    prompts = random_prompts(model.config.vocab_size)
+    one = Driver(model, gpu_lane(model, deterministic=True))
+    whole = [one.forward([(0, 0, prompt, True)]) for prompt in prompts]
+    other = Driver(model, gpu_lane(model, deterministic=True), seed=1)
+    other.lane.num_sms //= 2
+    other.forward([(1, 0, prompts[1][:69], False), (0, 0, prompts[0][:77], False)], layer_chunks=[(0, 4), (4, 6)])
+    other.forward([(0, 77, prompts[0][77:149], False)])
+    last = [(0, prompts[0][149], 149), (-1, 0, 0), (1, prompts[1][69], 69)]
+    results = other.forward([(2, 0, prompts[2], True), (3, 0, prompts[3], True)], decode=last)
+    assert torch.equal(results[[2, 4, 0, 1]], torch.cat(whole))
+
+
+@pytest.mark.gpu
+def test_llama_3_8b_shape_errs_no_more_than_transformers():
+    raw = json.loads((CONFIGS / "meta-llama-3-8b.json").read_text())
+    model = drawn_model(raw)
+    ours, theirs = errors_beside_bf16(raw, model, serve(Driver(model, gpu_lane(model)), num_steps=8))
+    assert ours <= 1.5 * theirs

@@ -7,9 +7,11 @@ import torch
 import transformers
 
 from nanodrift.batch import Rows, build_batch
+from nanodrift.config import ModelConfig
 from nanodrift.model import KVPool
 from nanodrift.ops import LaneResources
 from nanodrift.plan import DecodeWork, NewBlocks, PrefillSlice, PrefillWork, RowParams
+from nanodrift.weights import Weights, named_places
 
 _SHARED = {
     "hidden_size": 128,
@@ -73,6 +75,18 @@ def transformers_model(family: str):
     return model.requires_grad_(False)
 
 
+def transformers_twin(raw: dict, config: ModelConfig, weights: Weights, dtype: torch.dtype):
+    """A transformers model over our weights: over the same memory where the dtype is theirs already."""
+    state = {name: place.to(dtype) for name, place in named_places(weights, config).items()}
+    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    theirs = transformers_config(raw)
+    with torch.device("meta"):
+        model = transformers_class(raw)(theirs)
+    model.load_state_dict(state, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(theirs).to(weights.head.device)  # its buffers are not weights
+    return model.eval().requires_grad_(False)
+
+
 class Driver:
     """Runs a Model over hand-made prefill slices and decode rows; every row's blocks lie scattered in the pool."""
 
@@ -111,6 +125,7 @@ class Driver:
                 batch.decode_context_lens[place - batch.num_prefill_tokens] = 0
         return batch
 
+    @torch.inference_mode()
     def forward(self, prefill=(), decode=(), layer_chunks=None):
         """One whole pass -> logits [Q, V] on the CPU."""
         batch = self.batch(prefill, decode)
