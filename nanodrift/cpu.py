@@ -18,6 +18,7 @@ from nanodrift.plan import Completion, FusedWork, Partition, PrefillWork, Ticket
 from nanodrift.runner import Runner
 
 CPU = torch.device("cpu")
+ONE_THREAD_PARAMETERS = 50_000_000  # a smaller model's products are too short to share: threads only wait for each other
 
 
 class CpuExecutor:
@@ -33,6 +34,8 @@ class CpuExecutor:
         max_prefill_tokens: int,
         deterministic: bool = False,
     ):
+        if model.config.num_parameters < ONE_THREAD_PARAMETERS:
+            torch.set_num_threads(1)
         self.clock = WallClock()
         self.partitions = (Partition(prefill_sms=1, decode_sms=1, is_shared=True),)
         self.num_layers = model.config.num_layers
