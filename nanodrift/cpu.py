@@ -18,7 +18,7 @@ from nanodrift.plan import Completion, FusedWork, Partition, PrefillWork, Ticket
 from nanodrift.runner import Runner
 
 CPU = torch.device("cpu")
-ONE_THREAD_PARAMETERS = 50_000_000  # a smaller model's products are too short to share: threads only wait for each other
+ONE_THREAD_PARAMETERS = 50_000_000  # products of a smaller model are too short to share among threads
 
 
 class CpuExecutor:
