@@ -8,7 +8,11 @@ and KV head, nearly always out of L2, because the heads that read the same block
 Program to tile: a tile is one KV head and BLOCK_M // G consecutive queries of one request, all G query heads of the
 group packed into its rows, so K and V are read once per group. It walks the request's blocks from 0 up, one block (64
 tokens, one table entry) a step: first the blocks that every row sees whole, then those that need the causal mask. The
-softmax runs online, in fp32, in powers of two. Longest tiles of a request come first.
+softmax runs online, in fp32, in powers of two. num_sms * PROGRAMS_PER_SM programs draw tiles from a counter,
+the longest of a request first; two small programs on an SM hide each other's waits better than one of twice the size.
+
+Each step multiplies the previous block's probabilities with V while it computes the softmax of its own scores: the
+product needs no result of this step, so the tensor cores work through the exponentials.
 
 A row's result depends on its own query and its request's keys alone: blocks that only other rows of the tile need
 multiply its sum by one and add zero. So the bits are the same for any chunking, batch and SM count, and a decode step
@@ -21,9 +25,11 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 BLOCK_SIZE = 64
 LOG2_E = 1.4426950408889634
+PROGRAMS_PER_SM = 2  # what registers and shared memory hold at once
 
 
 # --- reference ---
@@ -64,48 +70,69 @@ def attn_prefill_reference(
 
 
 @triton.jit
-def _attend_block(
-    acc, row_max, row_sum, q, k_cache, v_cache, block_id, first_position, q_positions, context_len, qk_scale,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
-    kv_head,
-):  # fmt: skip
-    """One step of the online softmax: the 64 keys and values of one block."""
-    slots = tl.arange(0, BLOCK)
-    dims = tl.arange(0, HEAD_DIM)
-    tile = (block_id.to(tl.int64) * KV_HEADS + kv_head) * (BLOCK * HEAD_DIM)
-    offsets = slots[:, None] * HEAD_DIM + dims[None, :]  # [BLOCK, D]
-    positions = first_position + slots
-    k = tl.load(k_cache + tile + offsets)  # [BLOCK, D]
-    scores = tl.dot(q, k.T)  # [M, BLOCK]
-    if MASKED:
-        scores = tl.where(positions[None, :] <= q_positions[:, None], scores, -float("inf"))
+def _load_tile(
+    cache, block, kv_head, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BULK: tl.constexpr
+):
+    """K or V of one block and KV head [BLOCK, D]: by one bulk copy through a descriptor, or by pointers."""
+    tile = block.to(tl.int64) * KV_HEADS + kv_head
+    if BULK:
+        return cache.load([(tile * BLOCK).to(tl.int32), 0])
+    else:
+        offsets = tl.arange(0, BLOCK)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+        return tl.load(cache + tile * (BLOCK * HEAD_DIM) + offsets)
+
+
+@triton.jit
+def _softmax_step(scores, row_max, row_sum, qk_scale):
+    """Folds one block's scores into the running maximum and sum; rescale is what older sums must be multiplied by."""
     new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
     p = tl.math.exp2(scores * qk_scale - new_max[:, None])
     rescale = tl.math.exp2(row_max - new_max)
-    row_sum = row_sum * rescale + tl.sum(p, 1)
-    acc = acc * rescale[:, None]
-    if MASKED:  # slots past the context were never written: whatever lies there must not meet p = 0
-        v = tl.load(v_cache + tile + offsets, mask=positions[:, None] < context_len, other=0.0)
-    else:
-        v = tl.load(v_cache + tile + offsets)  # [BLOCK, D]
-    acc = tl.dot(p.to(v.dtype), v, acc)
-    return acc, new_max, row_sum
+    return p, rescale, new_max, row_sum * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def _attend_blocks(
+    first, last, p, rescale, row_max, row_sum, acc, q, k_cache, v_cache, table, kv_head, q_positions, qk_scale,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BULK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Blocks first..last: each step adds block j - 1 to acc and leaves block j as p, not yet multiplied with V."""
+    slots = tl.arange(0, BLOCK)
+    # Table entries are read a step ahead, each by a load of its own: Triton pipelines K and V only if no value that a
+    # step loads is an address in the same step, and none is handed on for more than one step.
+    k_block = tl.load(table + first, mask=first < last, other=0)
+    v_block = tl.load(table + first - 1)
+    for j in range(first, last):
+        k = _load_tile(k_cache, k_block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
+        v = _load_tile(v_cache, v_block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
+        k_block = tl.load(table + j + 1, mask=j + 1 < last, other=0)
+        v_block = tl.load(table + j)
+        scores = tl.dot(q, k.T)  # [M, BLOCK]
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])  # [M, D]
+        if MASKED:
+            scores = tl.where(j * BLOCK + slots[None, :] <= q_positions[:, None], scores, -float("inf"))
+        p, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, qk_scale)
+    return p, rescale, row_max, row_sum, acc
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_tiles", "max_blocks"])
 def _attn_prefill_kernel(
-    q_ptr, k_cache, v_cache, block_table, rows, query_starts, context_lens, out_ptr,
+    q_ptr, k_cache, v_cache, block_table, rows, query_starts, context_lens, out_ptr, tiles_taken,
     num_requests, num_tiles, max_blocks, qk_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, SEARCH: tl.constexpr,
+    BLOCK_M: tl.constexpr, SEARCH: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TILE_QUERIES: tl.constexpr = BLOCK_M // GROUP
     tile_rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_DIM)
+    slots = tl.arange(0, BLOCK)
     candidates = tl.arange(0, SEARCH)
 
-    for step in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    step = tl.program_id(0)
+    while step < num_tiles:
+        next_step = tl.num_programs(0) + tl.atomic_add(tiles_taken, 1, sem="relaxed")
+
         # Map: request r owns the tile numbers from query_starts[r] // TILE_QUERIES + r on, which is never too few.
         kv_head = step % KV_HEADS
         tile = (num_tiles - 1 - step) // KV_HEADS
@@ -130,27 +157,34 @@ def _attn_prefill_kernel(
             last_query = tl.minimum(first_query + TILE_QUERIES, num_queries) - 1
             q_positions = cached + tl.minimum(query, last_query)
 
-            # Compute.
+            # Compute: scores of block 0; the blocks that every row sees whole; the blocks on the diagonal.
             table = block_table + row.to(tl.int64) * max_blocks
             num_full = (cached + first_query + 1) // BLOCK
             num_seen = (cached + last_query) // BLOCK + 1
             acc = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
             row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
             row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-            for j in range(0, num_full):
-                acc, row_max, row_sum = _attend_block(
-                    acc, row_max, row_sum, q, k_cache, v_cache, tl.load(table + j), j * BLOCK, q_positions, context_len,
-                    qk_scale, KV_HEADS, HEAD_DIM, BLOCK, False, kv_head,
-                )  # fmt: skip
-            for j in range(num_full, num_seen):
-                acc, row_max, row_sum = _attend_block(
-                    acc, row_max, row_sum, q, k_cache, v_cache, tl.load(table + j), j * BLOCK, q_positions, context_len,
-                    qk_scale, KV_HEADS, HEAD_DIM, BLOCK, True, kv_head,
-                )  # fmt: skip
+            k = _load_tile(k_cache, tl.load(table), kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
+            scores = tl.where(slots[None, :] <= q_positions[:, None], tl.dot(q, k.T), -float("inf"))  # [M, BLOCK]
+            p, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, qk_scale)
+            p, rescale, row_max, row_sum, acc = _attend_blocks(
+                1, num_full, p, rescale, row_max, row_sum, acc, q, k_cache, v_cache, table, kv_head, q_positions,
+                qk_scale, KV_HEADS, HEAD_DIM, BLOCK, BULK, False,
+            )  # fmt: skip
+            p, rescale, row_max, row_sum, acc = _attend_blocks(
+                tl.maximum(num_full, 1), num_seen, p, rescale, row_max, row_sum, acc, q, k_cache, v_cache, table,
+                kv_head, q_positions, qk_scale, KV_HEADS, HEAD_DIM, BLOCK, BULK, True,
+            )  # fmt: skip
+            # The last block's slots past the context were never written: whatever lies there must not meet p = 0.
+            last_block = tl.load(table + num_seen - 1)
+            v = _load_tile(v_cache, last_block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
+            v = tl.where(((num_seen - 1) * BLOCK + slots)[:, None] < context_len, v, 0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
 
             # Store.
             result = acc / row_sum[:, None]
             tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
+        step = next_step
 
 
 # --- wrapper ---
@@ -175,7 +209,8 @@ def attn_prefill(
     q [T, H, D]; k_cache and v_cache [N, K, 64, D]; block_table [num_rows, max_blocks], rows [R], query_starts [R + 1]
     (cumulative, query_starts[R] <= T) and context_lens [R] (cached plus new tokens) int32. Query j of request r stands
     at position context_lens[r] - num_queries[r] + j. Where rows[r] is -1 nothing is written. Writes and returns out
-    [T, H, D]. The launch depends on shapes and num_sms only, so it can be captured in a CUDA graph.
+    [T, H, D]. The launch depends on shapes and num_sms only, so it can be captured in a CUDA graph; max_query_len, an
+    upper bound of the query counts, is there for callers that share one signature: tiles are counted from T and R.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -186,18 +221,21 @@ def attn_prefill(
     if not (q.is_contiguous() and out.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("q, out and the caches must be contiguous")
     num_requests = rows.shape[0]
-    block_m, num_warps, num_stages = 128, 8, 3
-    tile_queries = block_m // group
-    tiles_of_any = min(
-        num_tokens // tile_queries + num_requests, num_requests * triton.cdiv(max_query_len, tile_queries)
-    )
-    num_tiles = (num_tokens // tile_queries + num_requests) * num_kv_heads
-    if num_tiles == 0 or tiles_of_any == 0:
+    if num_tokens == 0 or num_requests == 0:
         return out
-    _attn_prefill_kernel[(min(num_sms, num_tiles),)](
-        q, k_cache, v_cache, block_table, rows, query_starts, context_lens, out,
+    bulk = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9
+    if bulk:
+        block_m, num_stages = 64, 2
+        box = [BLOCK_SIZE, head_dim]
+        k_cache, v_cache = (TensorDescriptor.from_tensor(x.view(-1, head_dim), box) for x in (k_cache, v_cache))
+    else:  # no bulk copies before Hopper, and fewer registers to spare beside mma.sync operands
+        block_m, num_stages = 32, 3
+    num_tiles = (num_tokens // (block_m // group) + num_requests) * num_kv_heads
+    tiles_taken = torch.zeros(1, dtype=torch.int32, device=q.device)
+    _attn_prefill_kernel[(min(num_sms * PROGRAMS_PER_SM, num_tiles),)](
+        q, k_cache, v_cache, block_table, rows, query_starts, context_lens, out, tiles_taken,
         num_requests, num_tiles, block_table.stride(0), scale * LOG2_E,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK=BLOCK_SIZE,
-        BLOCK_M=block_m, SEARCH=256, num_warps=num_warps, num_stages=num_stages,
+        BLOCK_M=block_m, SEARCH=256, BULK=bulk, num_warps=4, num_stages=num_stages,
     )  # fmt: skip
     return out
