@@ -95,7 +95,10 @@ def _gemm_kernel(
 
 
 class Tile(NamedTuple):
-    """Shape of one program's output tile, how it is pipelined, and its time relative to the 128 x 256 tile's."""
+    """Shape of one program's output tile, how it is pipelined, how many programs share an SM.
+
+    cost: time that a full wave of such tiles takes, relative to the first tile of its table (H200, K = 4096).
+    """
 
     block_m: int
     block_n: int
@@ -104,16 +107,15 @@ class Tile(NamedTuple):
     max_stages: int
     epilogue_parts: int
     cost: float
+    programs_per_sm: int = 1
 
 
 TILES = (
     Tile(128, 256, 64, 8, 4, 2, 1.00),
-    Tile(128, 128, 64, 8, 4, 1, 0.58),
-    Tile(128, 64, 64, 4, 5, 1, 0.38),
-    Tile(64, 128, 64, 4, 5, 1, 0.38),
-    Tile(64, 64, 64, 4, 6, 1, 0.26),
+    Tile(64, 256, 64, 4, 4, 1, 0.54),
+    Tile(64, 128, 128, 4, 4, 1, 0.295),
 )
-DETERMINISTIC_TILE = TILES[1]
+DETERMINISTIC_TILE = TILES[2]
 GROUP_M = 8
 SHARED_BYTES = 232448 - 1024  # of one SM of compute capability 9.0, less room for barriers
 
@@ -122,14 +124,14 @@ def ceil_div(a, b):
     return (a + b - 1) // b
 
 
-def choose_tile(M, N, num_sms):
-    """The tile whose waves over num_sms SMs cost least: large tiles are efficient, small ones fill more SMs."""
+def choose_tile(M, N, num_sms, tiles=TILES):
+    """The tile whose waves over num_sms SMs cost least: large tiles are efficient, small ones waste less of a wave."""
 
     def time(tile):
         num_tiles = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
-        return ceil_div(num_tiles, num_sms) * tile.cost
+        return ceil_div(num_tiles, num_sms * tile.programs_per_sm) * tile.cost
 
-    return min(TILES, key=time)
+    return min(tiles, key=time)
 
 
 def descriptor(tensor, block_rows, block_columns):
@@ -163,7 +165,7 @@ def gemm(x, w, *, bias=None, residual=None, out=None, num_sms, deterministic=Fal
     if out is None:
         out = torch.empty(M, N, dtype=x.dtype, device=x.device)  # [M, N]
     tile = tile or (DETERMINISTIC_TILE if deterministic else choose_tile(M, N, num_sms))
-    block_m, block_n, block_k, num_warps, max_stages, epilogue_parts, _ = tile
+    block_m, block_n, block_k, num_warps, max_stages, epilogue_parts, _, programs_per_sm = tile
     store_n = block_n // epilogue_parts
     staging_bytes = block_m * store_n * out.element_size()
     if residual is not None:
@@ -171,7 +173,7 @@ def gemm(x, w, *, bias=None, residual=None, out=None, num_sms, deterministic=Fal
     stage_bytes = (block_m + block_n) * block_k * x.element_size()
     num_stages = max(2, min(max_stages, (SHARED_BYTES - staging_bytes) // stage_bytes))
     num_tiles = ceil_div(M, block_m) * ceil_div(N, block_n)
-    _gemm_kernel[(min(num_sms, num_tiles),)](
+    _gemm_kernel[(min(num_sms * programs_per_sm, num_tiles),)](
         descriptor(x, block_m, block_k),
         descriptor(w, block_n, block_k),
         descriptor(out, block_m, store_n),

@@ -26,7 +26,7 @@ MAX_SKINNY_TOKENS = 128
 def gemm_skinny_reference(x, w, *, bias=None, out=None, num_splits=1):
     """Partials [S, M, N] fp32 of ``x [M, K] @ w.T [K, N] (+ bias [N])``: each sums a share of K's 128-wide blocks."""
     K = x.shape[1]
-    width = ceil_div(ceil_div(K, BLOCK_K), num_splits) * BLOCK_K  # columns of K in a split
+    width = ceil_div(ceil_div(K, 128), num_splits) * 128  # columns of K in a split
     if out is None:
         out = torch.empty(num_splits, x.shape[0], w.shape[0], dtype=torch.float32, device=x.device)  # [S, M, N]
     for split in range(num_splits):
@@ -79,45 +79,49 @@ def _skinny_kernel(
 
 
 class SkinnyTile(NamedTuple):
-    """Tile of one program for a range of M, its pipeline, and how many programs share an SM."""
+    """Tile of one program for M up to block_m, its pipeline, how many programs share an SM.
+
+    The rings of an SM's programs hold 120 KB or more together: what a latency of ~1 us at 100 GB/s and more needs.
+    cost: time that a full wave of such tiles takes over the same K, relative to the others of the same block_m.
+    """
 
     block_m: int
     block_n: int
+    block_k: int
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    cost: float = 1.0
 
 
-BLOCK_K = 128
-TILES = (  # by block_m: the first that holds M, else the last with several row tiles
-    SkinnyTile(16, 64, 4, 5, 2),
-    SkinnyTile(32, 64, 4, 4, 2),
-    SkinnyTile(64, 64, 4, 3, 2),
-    SkinnyTile(128, 64, 4, 4, 1),
+TILES = (
+    SkinnyTile(16, 64, 128, 4, 5, 2),
+    SkinnyTile(32, 64, 128, 4, 4, 2),
+    SkinnyTile(64, 64, 128, 4, 3, 2),
+    SkinnyTile(128, 64, 128, 4, 4, 1, 0.56),
+    SkinnyTile(128, 128, 64, 4, 6, 1, 1.0),
 )
+SPLITS = (1, 2, 4)
+SPLIT_COST = 0.1  # of a wave: every further partial is written here and read again by the consumer
 
 
-def choose_tile(M):
-    """The narrowest tile that holds M rows; the widest one for more."""
-    for tile in TILES:
-        if tile.block_m >= M:
-            return tile
-    return TILES[-1]
+def choose(M, N, K, num_sms, splits=SPLITS):
+    """(tile, number of splits) whose waves cost least among the tiles of the narrowest block_m that holds M rows."""
+    block_m = min((tile.block_m for tile in TILES if tile.block_m >= M), default=TILES[-1].block_m)
+
+    def time(candidate):
+        tile, num_splits = candidate
+        num_units = num_splits * ceil_div(M, block_m) * ceil_div(N, tile.block_n)
+        waves = ceil_div(num_units, num_sms * tile.programs_per_sm) / num_splits
+        return waves * tile.cost * (1 + SPLIT_COST * num_splits)
+
+    tiles = [tile for tile in TILES if tile.block_m == block_m]
+    return min(((tile, s) for tile in tiles for s in splits if s == splits[0] or s * tile.block_k <= K), key=time)
 
 
 def num_splits(M, N, K, num_sms):
-    """How many partials gemm_skinny makes: enough units of work to keep every program slot of num_sms SMs busy."""
-    tile = choose_tile(M)
-    num_tiles = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
-    num_blocks = ceil_div(K, BLOCK_K)
-    slots = num_sms * tile.programs_per_sm
-    splits = 1
-    while splits < 4 and num_tiles * splits * 2 <= 2 * slots and num_blocks // (splits * 2) >= 4:
-        splits *= 2
-    return splits
-
-
-_choose_splits = num_splits  # gemm_skinny's argument has the same name
+    """How many partials gemm_skinny makes of x [M, K] and w [N, K] on num_sms SMs."""
+    return choose(M, N, K, num_sms)[1]
 
 
 def gemm_skinny(x, w, *, bias=None, out=None, num_sms, num_splits=None, tile=None):
@@ -132,25 +136,25 @@ def gemm_skinny(x, w, *, bias=None, out=None, num_sms, num_splits=None, tile=Non
     N = w.shape[0]
     if w.shape[1] != K or N % 16 or K % 16:
         raise ValueError(f"gemm_skinny needs x [M, K], w [N, K], N and K multiples of 16, got {x.shape} and {w.shape}")
-    splits = num_splits or _choose_splits(M, N, K, num_sms)
+    chosen, splits = choose(M, N, K, num_sms, (num_splits,) if num_splits else SPLITS)
     if out is None:
         out = torch.empty(splits, M, N, dtype=torch.float32, device=x.device)  # [S, M, N]
     elif out.shape != (splits, M, N) or not out.is_contiguous():
         raise ValueError(f"gemm_skinny's out must be contiguous {(splits, M, N)}, got {out.shape} {out.stride()}")
-    block_m, block_n, num_warps, num_stages, programs_per_sm = tile or choose_tile(M)
+    block_m, block_n, block_k, num_warps, num_stages, programs_per_sm, _ = tile or chosen
     num_units = splits * ceil_div(M, block_m) * ceil_div(N, block_n)
     _skinny_kernel[(min(num_sms * programs_per_sm, num_units),)](
-        descriptor(x, block_m, BLOCK_K),
-        descriptor(w, block_n, BLOCK_K),
+        descriptor(x, block_m, block_k),
+        descriptor(w, block_n, block_k),
         bias,
         out,
         M,
         N,
         splits,
-        ceil_div(ceil_div(K, BLOCK_K), splits),
+        ceil_div(ceil_div(K, block_k), splits),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=block_k,
         num_warps=num_warps,
         num_stages=num_stages,
     )

@@ -4,10 +4,10 @@ Formula     h[m, i] = silu(sum over k of x[m, k] * w[i, k]) * (sum over k of x[m
             silu(a) = a·sigmoid(a). Both sums stay in fp32 registers until the one rounding at the end. The
             [M, 2I] intermediate never exists in memory.
 Cost        4·M·I·K FLOPs; (M·K + 2·I·K + M·I) elements of memory traffic.
-Program     Two accumulators per program: the gate tile and the up tile of the same columns, so w keeps its natural
-to tile     order (gate rows, then up rows). Many rows: persistent TMA tiles in grouped order, as in gemm.py. Few rows:
-            column tiles only, transposed (w @ x.T) as in gemm_skinny.py, several programs per SM; no split-K, as
-            silu needs whole sums.
+Program     A tile is the same columns of gate and up. w keeps its natural order (gate rows, then up rows); seen as
+to tile     [2, I, K], one TMA box brings both row ranges side by side. Many rows: persistent tiles, grouped as in
+            gemm.py. Few rows: column tiles only, transposed (w @ x.T) as in gemm_skinny.py, several programs per SM;
+            no split-K, as silu needs whole sums.
 
 It does not know what a layer is, nor which SMs it runs on.
 
@@ -17,9 +17,10 @@ Run the tests: ``pytest tests/test_kernels_gemm.py`` (interpreter), ``pytest -m 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .gemm import GROUP_M, Tile, _map_tile, ceil_div, descriptor
-from .gemm_skinny import MAX_SKINNY_TOKENS, SkinnyTile
+from .gemm import GROUP_M, Tile, _map_tile, ceil_div, choose_tile, descriptor
+from .gemm_skinny import SkinnyTile
 
 
 def gemm_swiglu_reference(x, w, *, out=None, deterministic=False):
@@ -57,18 +58,16 @@ def _swiglu_kernel(
         row = tile_m * BLOCK_M
         column = tile_n * BLOCK_N
 
-        # load and compute; where width is no multiple of BLOCK_N the last gate tile runs into rows of up, never stored
-        gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
-        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
+        # load and compute: one dot with one accumulator. Two of them in a flattened loop make the compiler wait for
+        # every wgmma (it may not prove that clearing one leaves the other alone), which costs a quarter of the speed.
+        acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)  # [BLOCK_M, 2 * BLOCK_N]
         for block in range(num_blocks_k):
-            k = block * BLOCK_K
-            x_tile = x_desc.load([row, k])  # [BLOCK_M, BLOCK_K]
-            gate_tile = w_desc.load([column, k])  # [BLOCK_N, BLOCK_K]
-            up_tile = w_desc.load([width + column, k])  # [BLOCK_N, BLOCK_K]
-            gate = tl.dot(x_tile, gate_tile.T, gate)
-            up = tl.dot(x_tile, up_tile.T, up)
+            x_tile = x_desc.load([row, block * BLOCK_K])  # [BLOCK_M, BLOCK_K]
+            w_pair = w_desc.load([0, column, block * BLOCK_K])  # [2, BLOCK_N, BLOCK_K]
+            acc = tl.dot(x_tile, tl.reshape(w_pair, (2 * BLOCK_N, BLOCK_K)).T, acc)
 
-        # store
+        # store; a thread holds both halves of its rows, so the split moves nothing
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))  # [BLOCK_M, BLOCK_N] each
         out_desc.store([row, column], _silu_mul(gate, up).to(out_desc.dtype))
 
 
@@ -89,7 +88,8 @@ def _swiglu_skinny_kernel(
     num_tiles_m = tl.cdiv(M, BLOCK_M)
     num_tiles_n = tl.cdiv(width, BLOCK_N)
     num_blocks_k = tl.cdiv(K, BLOCK_K)
-    for unit in tl.range(tl.program_id(0), num_tiles_m * num_tiles_n, tl.num_programs(0), flatten=True):
+    # not flattened, because of the two accumulators: see above
+    for unit in range(tl.program_id(0), num_tiles_m * num_tiles_n, tl.num_programs(0)):
         row = (unit % num_tiles_m) * BLOCK_M
         column = (unit // num_tiles_m) * BLOCK_N
 
@@ -112,28 +112,40 @@ def _swiglu_skinny_kernel(
         tl.store(out_ptrs, value, mask=(rows < M)[None, :] & (columns < width)[:, None])
 
 
-TILES = (Tile(128, 128, 64, 8, 4, 1, 1.0), Tile(128, 64, 64, 8, 4, 1, 0.58))
-DETERMINISTIC_TILE = TILES[0]
-SKINNY_BLOCK_K = 128
-SKINNY_TILES = (  # by block_m: the first that holds M, else the last with several row tiles
-    SkinnyTile(16, 64, 4, 3, 2),
-    SkinnyTile(32, 64, 4, 2, 2),
-    SkinnyTile(64, 64, 4, 4, 1),
-    SkinnyTile(128, 64, 8, 3, 1),
+TILES = (  # persistent, for many rows
+    Tile(128, 128, 64, 8, 3, 1, 1.0),
+    Tile(128, 64, 64, 4, 4, 1, 0.52),
+    Tile(64, 128, 64, 4, 5, 1, 0.525),
 )
+DETERMINISTIC_TILE = TILES[0]
+FEW_ROWS_TILES = (  # the first whose block_m holds M
+    SkinnyTile(16, 64, 128, 4, 3, 2),
+    SkinnyTile(32, 128, 128, 8, 3, 1),
+    Tile(64, 128, 64, 4, 5, 1, 1.0),
+    Tile(128, 64, 64, 4, 3, 1, 1.0, programs_per_sm=2),
+)
+FEW_ROWS_FEW_SMS_TILES = (  # shallower blocks keep the ring fuller where one SM needs 100 GB/s and more
+    SkinnyTile(16, 64, 64, 4, 6, 2),
+    SkinnyTile(32, 64, 64, 4, 5, 2),
+    *FEW_ROWS_TILES[2:],
+)
+FEW_SMS = 64
 
 
-def choose_tile(M, width, num_sms):
-    """The tile whose waves over num_sms SMs cost least."""
-    return min(TILES, key=lambda t: ceil_div(ceil_div(M, t.block_m) * ceil_div(width, t.block_n), num_sms) * t.cost)
-
-
-def choose_skinny_tile(M):
-    """The narrowest tile that holds M rows; the widest one for more."""
-    for tile in SKINNY_TILES:
+def choose_swiglu_tile(M, width, num_sms):
+    """One row tile's shape by M while all rows fit one, beyond that the persistent tile whose waves cost least."""
+    for tile in FEW_ROWS_TILES if num_sms > FEW_SMS else FEW_ROWS_FEW_SMS_TILES:
         if tile.block_m >= M:
             return tile
-    return SKINNY_TILES[-1]
+    return choose_tile(M, width, num_sms, TILES)
+
+
+def _pair_descriptor(w, block_rows, block_columns):
+    """TMA descriptor of w [2I, K] seen as [2, I, K], loaded as [2, block_rows, block_columns]: gate, then up."""
+    whole = descriptor(w, block_rows, block_columns)
+    width, row_stride = w.shape[0] // 2, whole.strides[0]
+    shape, strides = [2, width, w.shape[1]], [width * row_stride, row_stride, 1]
+    return TensorDescriptor(w, shape, strides, [2, block_rows, block_columns])
 
 
 def gemm_swiglu(x, w, *, out=None, num_sms, deterministic=False, tile=None):
@@ -150,16 +162,13 @@ def gemm_swiglu(x, w, *, out=None, num_sms, deterministic=False, tile=None):
         raise ValueError(f"gemm_swiglu needs x [M, K], w [2I, K], I and K multiples of 16, got {x.shape} and {w.shape}")
     if out is None:
         out = torch.empty(M, width, dtype=x.dtype, device=x.device)  # [M, I]
-    if tile is None:
-        if deterministic:
-            tile = DETERMINISTIC_TILE
-        else:
-            tile = choose_skinny_tile(M) if M <= MAX_SKINNY_TOKENS else choose_tile(M, width, num_sms)
+    tile = tile or (DETERMINISTIC_TILE if deterministic else choose_swiglu_tile(M, width, num_sms))
     num_tiles = ceil_div(M, tile.block_m) * ceil_div(width, tile.block_n)
+    grid = (min(num_sms * tile.programs_per_sm, num_tiles),)
     if isinstance(tile, SkinnyTile):
-        _swiglu_skinny_kernel[(min(num_sms * tile.programs_per_sm, num_tiles),)](
-            descriptor(x, tile.block_m, SKINNY_BLOCK_K),
-            descriptor(w, tile.block_n, SKINNY_BLOCK_K),
+        _swiglu_skinny_kernel[grid](
+            descriptor(x, tile.block_m, tile.block_k),
+            descriptor(w, tile.block_n, tile.block_k),
             out,
             M,
             width,
@@ -167,14 +176,14 @@ def gemm_swiglu(x, w, *, out=None, num_sms, deterministic=False, tile=None):
             out.stride(0),
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
-            BLOCK_K=SKINNY_BLOCK_K,
+            BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
     else:
-        _swiglu_kernel[(min(num_sms, num_tiles),)](
+        _swiglu_kernel[grid](
             descriptor(x, tile.block_m, tile.block_k),
-            descriptor(w, tile.block_n, tile.block_k),
+            _pair_descriptor(w, tile.block_n, tile.block_k),
             descriptor(out, tile.block_m, tile.block_n),
             M,
             width,

@@ -31,7 +31,7 @@ def assert_matches(actual, expected):
 
 
 @pytest.mark.parametrize("M", ROWS)
-@pytest.mark.parametrize("tile", [gemm.TILES[0], gemm.TILES[-1]], ids=["largest", "smallest"])
+@pytest.mark.parametrize("tile", gemm.TILES, ids=lambda tile: f"{tile.block_m}x{tile.block_n}x{tile.block_k}")
 def test_gemm_equals_reference_at_every_edge(M, tile):
     x, w = make(M, 80, seed=1), make(272, 80, seed=2)  # [M, K], [N, K]: no dimension fills its tiles
     out = poisoned(M, 272, dtype=x.dtype)
@@ -86,12 +86,17 @@ def test_inputs_that_tma_cannot_take_are_refused():
         gemm_skinny.gemm_skinny(x, w, out=poisoned(1, 4, 64, dtype=torch.float32), num_sms=1, num_splits=2)
 
 
-def test_larger_partitions_never_get_smaller_grids_than_tiles_allow():
-    for M in (1, 64, 512, 8192):
-        for num_sms in (16, 64, 132):
-            assert gemm.choose_tile(M, 4096, num_sms) in gemm.TILES
-    assert gemm.choose_tile(8192, 4096, 132).block_n == 256
-    assert gemm.choose_tile(512, 4096, 132).block_n < 256  # 64 large tiles would leave half of the SMs idle
+def test_tiles_and_splits_follow_rows_and_sms():
+    large, middle, small = gemm.TILES
+    assert gemm.choose_tile(8192, 4096, 132) == large
+    assert gemm.choose_tile(512, 4096, 132) == middle  # 64 large tiles would leave half of the SMs idle
+    assert gemm.choose_tile(512, 4096, 64) == large
+    assert gemm.choose_tile(512, 6144, 132) == small
+    assert [gemm_skinny.num_splits(1, 4096, 4096, num_sms) for num_sms in (16, 64, 132)] == [1, 2, 4]
+    assert gemm_skinny.num_splits(1, 128256, 4096, 132) == 1
+    assert gemm_skinny.num_splits(1, 64, 64, 132) == 1  # nothing to split
+    assert [swiglu.choose_swiglu_tile(M, 14336, 132).block_m for M in (1, 17, 33, 65)] == [16, 32, 64, 128]
+    assert swiglu.choose_swiglu_tile(4096, 14336, 132) == swiglu.TILES[0]
 
 
 @pytest.mark.parametrize("M", ROWS)
