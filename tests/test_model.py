@@ -113,6 +113,15 @@ def test_two_passes_in_flight_do_not_touch_each_other(folders):
     assert torch.equal(model.head(batch, state, lane), whole)
 
 
+def test_256_sequences_of_8192_tokens_at_once(folders):
+    driver = Driver(load(folders("mistral")), num_rows=256, max_len=64, max_tokens=8192)
+    tokens = torch.randint(303, (256, 33), generator=torch.Generator().manual_seed(2))
+    first = driver.forward([(row, 0, tokens[row, :32].tolist(), True) for row in range(256)])
+    second = driver.forward(decode=[(row, int(tokens[row, 32]), 32) for row in range(256)])
+    expected = transformers_model("mistral")(tokens).logits[:, -2:]  # [256, 2, V]
+    torch.testing.assert_close(torch.stack((first, second), 1), expected, atol=2e-4, rtol=0)
+
+
 def test_padding_writes_nothing_to_the_cache(folders):
     driver = Driver(load(folders("llama")))
     driver.forward([(0, 0, list(range(70)), True)])
@@ -140,9 +149,10 @@ def test_rope_table_equals_transformers_over_the_window(name):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled where there is a GPU")
-def test_the_model_runs_through_triton_in_the_interpreter(folders):
+def test_the_model_runs_through_triton_in_the_interpreter():
     """The wiring of the kernels, S partials and scratch included; their arithmetic has tests of its own."""
-    model = load(folders("qwen3"))
+    config = ModelConfig.from_dict(config_json("qwen3", num_hidden_layers=2), "config.json")
+    model = Model(config, dummy_weights(config, CPU, torch.float32), max_model_len=512)
     prompt = random_prompts(model.config.vocab_size)[1]
     for deterministic in (False, True):
         lane = LaneResources(2, deterministic, model.new_scratch(128, (2,)), use_triton=True)

@@ -90,7 +90,7 @@ def transformers_twin(raw: dict, config: ModelConfig, weights: Weights, dtype: t
 class Driver:
     """Runs a Model over hand-made prefill slices and decode rows; every row's blocks lie scattered in the pool."""
 
-    def __init__(self, model, lane=None, num_rows: int = 6, max_len: int = 320, seed: int = 0):
+    def __init__(self, model, lane=None, num_rows: int = 6, max_len: int = 320, seed: int = 0, max_tokens: int = 512):
         self.model, self.lane = model, lane or LaneResources()
         self.rows = Rows(num_rows, max_len, model.device)
         num_blocks = num_rows * self.rows.max_blocks
@@ -99,7 +99,7 @@ class Driver:
         for row in range(num_rows):
             ids = scattered[row * self.rows.max_blocks : (row + 1) * self.rows.max_blocks]
             self.rows.assign_blocks((NewBlocks(row, 0, tuple(ids)),), self.upload)
-        self.state = model.new_state(512)
+        self.state = model.new_state(max_tokens)
 
     def upload(self, ints):
         if not ints:
