@@ -33,12 +33,12 @@ PLAN = {  # what is measured when no flag says otherwise; lengths that do not fi
     "cuda": {
         "num_prompts": 512, "input_len": 1024, "output_len": 128,
         "prefill": ["512", "2048", "8000", "4x2048"], "batches": [1, 16, 64, 128, 256], "context": 1024,
-        "decode_steps": 128, "repeats": 7,
+        "decode_steps": 128, "repeats": 7, "window_s": 1.5,
     },
     "cpu": {
         "num_prompts": 16, "input_len": 128, "output_len": 64,
         "prefill": ["128", "512", "4x128"], "batches": [1, 4, 16], "context": 256,
-        "decode_steps": 32, "repeats": 5,
+        "decode_steps": 32, "repeats": 5, "window_s": 0.0,
     },
 }  # fmt: skip
 
@@ -143,16 +143,19 @@ def progress_bar(console: Console):
 
 
 def load(model: str | None, config: EngineConfig, device, progress) -> tuple[LoadedEngine, Ceilings, dict]:
-    """The ceilings first, while the device is empty; then the engine, and one warm-up of both lanes."""
-    task = progress.add_task("measuring the device's ceilings", total=None)
+    """The engine, warm, and the device's ceilings.
+
+    On a GPU they are measured first, while its memory is free; on a CPU afterwards, with the threads the engine uses.
+    """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    ceilings, figures = machine.measure_ceilings(device, dtype)
-    progress.update(task, description="loading the model")
-    loaded = load_engine(model, config, lambda phase, *_: progress.update(task, description=phase))
+    task = progress.add_task("measuring the device's ceilings", total=None)
+    measured = machine.measure_ceilings(device, dtype) if device.type == "cuda" else None
+    loaded = load_engine(model, config, lambda phase, _: progress.update(task, description=f"loading: {phase}"))
     progress.update(task, description="warming up")
     offline.throughput(loaded.engine, num_prompts=2, input_len=32, output_len=4, seed=config.seed + 1)
+    measured = measured or machine.measure_ceilings(device, dtype)
     progress.remove_task(task)
-    return loaded, ceilings, figures
+    return loaded, *measured
 
 
 def fit(plan: dict, max_model_len: int, max_num_seqs: int, given: dict) -> dict:
@@ -193,12 +196,13 @@ def run_latency(loaded: LoadedEngine, plan: dict, seed: int, device, ceilings: C
         task = progress.add_task(f"prefill {shape}", total=plan["repeats"] + 1)
         times = []
         with machine.PowerLog(device) as power:
-            for repeat in range(plan["repeats"] + 1):
-                times.append(offline.prefill_s(engine, count, length, seed=seed + 1000 * repeat + length))
+            while len(times) <= plan["repeats"] or sum(times) < plan["window_s"]:  # as hot as under steady load
+                times.append(offline.prefill_s(engine, count, length, seed=seed + 1000 * len(times) + length))
                 progress.advance(task)
         progress.remove_task(task)
         times = times[1:]  # the first one warms up
-        row = {"shape": shape, "num_tokens": count * length, "ms": median(times) * 1e3, "min_ms": min(times) * 1e3,
+        row = {"shape": shape, "num_tokens": count * length, "repeats": len(times),
+               "ms": median(times) * 1e3, "min_ms": min(times) * 1e3,
                "max_ms": max(times) * 1e3, "tokens_per_s": count * length / median(times)}  # fmt: skip
         floor = prefill_load(model, width, [length] * count)
         prefill.append(row | beside_roofline(row["ms"], floor, ceilings) | power.medians())

@@ -61,7 +61,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> tuple[Ceilings
 
 def _bandwidths(device: torch.device) -> tuple[float, float]:
     """Bytes per second of a copy (read plus written) and of a read."""
-    source = torch.randn((1 << 30) if device.type == "cuda" else (1 << 24), device=device)  # float32: 4 GiB or 64 MiB
+    source = torch.randn(1 << (30 if device.type == "cuda" else 26), device=device)  # float32: 4 GiB or 256 MiB
     target = torch.empty_like(source)
     num_bytes = source.numel() * source.element_size()
     return 2 * num_bytes / sustained_s(lambda: target.copy_(source), device), num_bytes / sustained_s(
