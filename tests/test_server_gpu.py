@@ -1,0 +1,157 @@
+"""``python serve.py --model llama-3-8b --load-format dummy`` on a GPU: 64 streams, start-up times, no process left.
+
+With NANODRIFT_RESULTS set to a folder the figures are written there as serve.json:
+``NANODRIFT_RESULTS=results/h200 pytest -m gpu -s tests/test_server_gpu.py``.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from nanodrift.bench import machine
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = ("--model", "llama-3-8b", "--load-format", "dummy", "--max-model-len", "8192")
+NUM_STREAMS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 64, 512, 128
+
+
+class Serve:
+    """serve.py as its own process, in its own session, with its kernel cache in a folder of the test's."""
+
+    def __init__(self, cache: Path, log: Path):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        self.started_s = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "serve.py", *OPTIONS, "--port", str(port)],
+            cwd=ROOT,
+            stderr=log.open("w"),
+            env=os.environ | {"TRITON_CACHE_DIR": str(cache)},
+            start_new_session=True,
+        )
+
+    def wait_ready(self) -> float:
+        """Seconds from the command to /health 200; on the way /health must say that it is loading."""
+        saw_loading = False
+        while time.monotonic() < self.started_s + 180:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                reply = httpx.get(f"{self.url}/health", timeout=5)
+            except httpx.TransportError:
+                time.sleep(0.02)
+                continue
+            if reply.status_code == 200:
+                assert saw_loading
+                return time.monotonic() - self.started_s
+            assert reply.status_code == 503
+            saw_loading = True
+            time.sleep(0.05)
+        raise AssertionError(f"not ready in time: {self.log.read_text()}")
+
+    def phases_s(self) -> dict[str, float]:
+        """What the start-up table says."""
+        line = next(line for line in self.log.read_text().splitlines() if line.startswith("start-up"))
+        return {name: float(seconds) for name, seconds in re.findall(r"(\w+) ([\d.]+)[,)]", line)}
+
+    def processes(self) -> list[int]:
+        """Every live process of the session that the server started."""
+        listed = subprocess.run(["ps", "-eo", "pid,sess,stat"], capture_output=True, text=True, check=True).stdout
+        rows = [line.split() for line in listed.splitlines()[1:]]
+        return [int(pid) for pid, session, stat in rows if int(session) == self.process.pid and stat[0] != "Z"]
+
+    def wait_end(self) -> int:
+        status = self.process.wait(30)
+        deadline_s = time.monotonic() + 10
+        while self.processes() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert self.processes() == [], "a process was left behind"
+        return status
+
+
+async def stream_all(url: str) -> dict:
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+    async def one(number: int):
+        prompt = [(number * 131 + i * 7) % 100_000 for i in range(NUM_PROMPT_TOKENS)]
+        sent_s, stamps, usage, reasons = time.monotonic(), [], None, []
+        stream = await client.completions.create(
+            model=OPTIONS[1],
+            prompt=prompt,
+            max_tokens=NUM_OUTPUT_TOKENS,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        async for chunk in stream:
+            if chunk.choices:
+                stamps.append(time.monotonic())
+                reasons.append(chunk.choices[0].finish_reason)
+            usage = chunk.usage or usage
+        assert usage.completion_tokens == NUM_OUTPUT_TOKENS
+        assert usage.prompt_tokens == NUM_PROMPT_TOKENS
+        assert [reason for reason in reasons if reason] == ["length"]
+        return stamps[0] - sent_s, [b - a for a, b in itertools.pairwise(stamps)]
+
+    started_s = time.monotonic()
+    results = await asyncio.gather(*(one(i) for i in range(NUM_STREAMS)))
+    duration_s = time.monotonic() - started_s
+    gaps = sorted(gap for _, gaps in results for gap in gaps)
+    return {
+        "num_streams": NUM_STREAMS,
+        "num_prompt_tokens": NUM_PROMPT_TOKENS,
+        "num_output_tokens": NUM_OUTPUT_TOKENS,
+        "duration_s": duration_s,
+        "output_throughput": NUM_STREAMS * NUM_OUTPUT_TOKENS / duration_s,
+        "median_ttft_ms": 1e3 * statistics.median(ttft for ttft, _ in results),
+        "median_tbt_ms": 1e3 * statistics.median(gaps),
+        "p99_tbt_ms": 1e3 * gaps[int(0.99 * len(gaps))],
+    }
+
+
+def test_serving_llama_3_8b(tmp_path):
+    cache = tmp_path / "kernels"
+    figures = {"startup": {}}
+    for name in ("cold", "warm"):
+        serve = Serve(cache, tmp_path / f"{name}.log")
+        ready_s = serve.wait_ready()
+        figures["startup"][f"{name} kernel cache"] = {"ready_s": round(ready_s, 1)} | serve.phases_s()
+        if name == "cold":
+            print(serve.log.read_text())
+            figures["streams"] = asyncio.run(stream_all(serve.url))
+            assert len(serve.processes()) >= 2, "server and engine are two processes"
+            serve.process.send_signal(signal.SIGINT)
+            assert serve.wait_end() == 0
+        else:
+            (engine,) = [
+                pid for pid in serve.processes() if "engine_process" in Path(f"/proc/{pid}/cmdline").read_text()
+            ]
+            os.kill(engine, signal.SIGKILL)
+            time.sleep(1.0)
+            assert httpx.get(f"{serve.url}/health").status_code == 503
+            assert serve.wait_end() == 1
+            assert "engine has died" in " ".join(serve.log.read_text().split())
+    print(json.dumps(figures, indent=2))
+    assert figures["startup"]["cold kernel cache"]["ready_s"] < 120
+    assert figures["startup"]["warm kernel cache"]["ready_s"] < 60
+    if folder := os.environ.get("NANODRIFT_RESULTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        figures |= machine.describe(torch.device("cuda")) | {"argv": ["serve.py", *OPTIONS]}
+        Path(folder, "serve.json").write_text(json.dumps(figures, indent=2) + "\n")
