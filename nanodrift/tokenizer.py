@@ -83,6 +83,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; with ``add_special_tokens`` also what the model expects around a text, such as BOS."""
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON can carry, becomes "?"
         ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         if add_special_tokens and self._must_add_bos and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)

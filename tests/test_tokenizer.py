@@ -197,6 +197,10 @@ def test_a_folder_round_trips_and_special_tokens_are_added_once(tmp_path):
     assert with_template.encode("the fox")[:2].count(1) == 1  # the post-processor had added it already
 
 
+def test_half_a_surrogate_pair_is_no_text():
+    assert BYTE_LEVEL.decode(BYTE_LEVEL.encode("a\ud800b")) == "a?b"
+
+
 def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
     backend = byte_level_backend()
     backend.enable_truncation(3)

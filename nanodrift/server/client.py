@@ -6,6 +6,7 @@ Everything here runs on one asyncio loop. Knows nothing about HTTP or text.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import subprocess
 import sys
@@ -84,9 +85,14 @@ class EngineClient:
         """Starts the process and sends it its settings; loading goes on after this returns."""
         ours, theirs = socket.socketpair()
         fd = theirs.fileno()
-        # A session of its own: Ctrl-C in the terminal reaches this process only, which then closes the pair.
+        # A session of its own: Ctrl-C in the terminal reaches this process only, which then closes the pair. Threads of
+        # torch that wait for each other sleep instead of spinning: this process needs the processors too.
         self.process = subprocess.Popen(
-            [*command, "--fd", str(fd)], pass_fds=(fd,), stdin=subprocess.DEVNULL, start_new_session=True
+            [*command, "--fd", str(fd)],
+            pass_fds=(fd,),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ,
         )
         theirs.close()
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)

@@ -23,7 +23,7 @@ from nanodrift.request import SamplingParams
 from nanodrift.server.frames import FrameLink
 
 STATS_EVERY_S = 0.25
-ORPHAN_GRACE_S = 2.0  # for the loop to notice by itself that the HTTP process is gone
+ORPHAN_GRACE_S = 1.0  # for the loop to notice by itself that the HTTP process is gone
 
 
 def run(fd: int, load) -> int:

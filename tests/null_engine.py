@@ -1,0 +1,148 @@
+"""An engine process without a model, for tests of the server: the real loop and frames around a scripted engine.
+
+A request's output is its own prompt, over and over, one token a step. Some prompts begin with an order instead (see
+ORDERS). Text goes through the embedded model's tokenizer, so that what comes out can be read.
+
+    python tests/null_engine.py --fd N [--step-ms 2] [--load-s 0] [--fail TEXT] [--max-num-seqs 64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from nanodrift.config import SLO  # noqa: E402
+from nanodrift.request import SamplingParams  # noqa: E402
+from nanodrift.server.engine_process import run  # noqa: E402
+
+WINDOW, VOCAB_SIZE, EOS_ID, KV_TOKENS = 2048, 2048, 2, 1600
+CRASH, DIE, SILENT = 2040, 2041, 2042
+ORDERS = {CRASH: "raise in the next step", DIE: "kill -9 itself", SILENT: "never answer"}
+
+
+@dataclass
+class NullRequest:
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    slo: SLO | None
+    num_output: int = 0
+
+
+@dataclass
+class NullEvent:
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass
+class NullEngine:
+    step_s: float
+    max_num_seqs: int
+    requests: dict[str, NullRequest] = field(default_factory=dict)
+    num_aborted: int = 0
+
+    def new_request(self, prompt_token_ids, params, *, request_id, arrival_s, slo):
+        bad = next((token for token in prompt_token_ids if token >= VOCAB_SIZE), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is outside the vocabulary of {VOCAB_SIZE} tokens")
+        return NullRequest(request_id, prompt_token_ids, params, slo)
+
+    def add(self, request):
+        if len(request.prompt_token_ids) + request.params.max_tokens > KV_TOKENS:
+            raise ValueError(f"the cache has room for {KV_TOKENS} tokens")
+        self.requests[request.request_id] = request
+
+    def abort(self, request_id, reason="abort", stop_reason=None):
+        self.num_aborted += self.requests.pop(request_id, None) is not None
+
+    @property
+    def has_work(self):
+        return bool(self.requests)
+
+    def step(self):
+        time.sleep(self.step_s)
+        running = list(self.requests.values())[: self.max_num_seqs]
+        return [event for request in running if (event := self._advance(request)) is not None]
+
+    def _advance(self, request):
+        prompt, params = request.prompt_token_ids, request.params
+        if prompt[0] == CRASH:
+            raise RuntimeError("the script says crash")
+        if prompt[0] == DIE:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if prompt[0] == SILENT:
+            return None
+        token = prompt[request.num_output % len(prompt)]
+        request.num_output += 1
+        reason = stop_reason = None
+        stops = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else {EOS_ID})
+        if token in stops and request.num_output > params.min_tokens:
+            reason, stop_reason = "stop", token
+        elif request.num_output >= params.max_tokens:
+            reason = "length"
+        if reason is not None:
+            del self.requests[request.request_id]
+        return NullEvent(request.request_id, (token,), reason, stop_reason)
+
+    def stats(self):
+        num_running = min(len(self.requests), self.max_num_seqs)
+        return {
+            "num_requests_running": num_running,
+            "num_requests_waiting": len(self.requests) - num_running,
+            "kv_cache_usage_perc": sum(len(r.prompt_token_ids) for r in self.requests.values()) / 1e6,
+            "num_preemptions_total": self.num_aborted,
+        }
+
+    def close(self):
+        pass
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--step-ms", type=float, default=2.0)
+    parser.add_argument("--load-s", type=float, default=0.0)
+    parser.add_argument("--fail", default="")
+    parser.add_argument("--max-num-seqs", type=int, default=64)
+    args = parser.parse_args()
+
+    def load(model, config, report):
+        report("weights", 0.5)
+        time.sleep(args.load_s)
+        if args.fail:
+            raise ValueError(args.fail)
+        info = {
+            "folder": str(ROOT / "nanodrift" / "embedded"),
+            "description": "no model at all",
+            "is_embedded": model is None,
+            "has_tokenizer": model != "no-tokenizer",
+            "eos_token_ids": [EOS_ID],
+            "device_name": "none",
+            "dtype": "none",
+            "weights_bytes": 0,
+            "kv_tokens": KV_TOKENS,
+            "kv_bytes": 0,
+            "max_model_len": WINDOW,
+            "max_num_seqs": args.max_num_seqs,
+            "policy": "echo",
+            "phases_s": {"weights": args.load_s},
+        }
+        return NullEngine(args.step_ms / 1000, args.max_num_seqs), info
+
+    return run(args.fd, load)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,665 @@
+"""The HTTP server around the null engine (null_engine.py): shapes, streams, errors, keys, clients that leave, death.
+
+The server runs in a thread of this process on a free port, the engine in its own process as always. A completion's text
+is its prompt over and over; a chat's is its last user message and then the end token.
+"""
+
+import asyncio
+import contextlib
+import json
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from null_engine import CRASH, DIE, KV_TOKENS, SILENT, WINDOW
+
+from nanodrift.config import SLO, EngineConfig
+from nanodrift.server import frames, protocol
+from nanodrift.server.app import Served, build_app
+from nanodrift.server.cli import _load, _Server
+from nanodrift.server.client import EngineClient
+from nanodrift.server.telemetry import Telemetry
+from nanodrift.tokenizer import Tokenizer
+
+NULL_ENGINE = (sys.executable, str(Path(__file__).with_name("null_engine.py")))
+TOKENIZER = Tokenizer.from_folder(Path(__file__).resolve().parents[1] / "nanodrift" / "embedded")
+PATIENCE_S = 20.0  # for things that take milliseconds on an idle machine
+
+
+class RunningServer:
+    """A server and its null engine, both running until ``close``."""
+
+    def __init__(self, *engine_options: str, model: str | None = None, wait: bool = True, **served_options):
+        self._started, self._failure = threading.Event(), None
+        self._arguments = (engine_options, model, wait, served_options)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self._thread.start()
+        assert self._started.wait(PATIENCE_S)
+        if self._failure is not None:
+            raise self._failure
+
+    async def _run(self):
+        engine_options, model, wait, served_options = self._arguments
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        telemetry = Telemetry("echo")
+        self.client = EngineClient(telemetry)
+        self.served = Served(("echo", "second/name"), self.client, telemetry, SLO(), **served_options)
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)  # so that slow readers are felt
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        config = uvicorn.Config(build_app(self.served), log_config=None, ws="none", lifespan="off")
+        server = _Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            await self.client.start(model, EngineConfig(), [*NULL_ENGINE, *engine_options])
+            loading = asyncio.create_task(_load(self.client, self.served))
+            if wait:
+                await loading
+        except Exception as error:
+            self._failure = error
+        self._started.set()
+        await self._stop.wait()
+        await self.client.close()
+        server.should_exit = True
+        await asyncio.gather(serving, loading, return_exceptions=True)
+
+    def close(self):
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive()
+        assert self.client.process.poll() is not None  # the engine process is gone, whatever happened
+
+    def gauge(self, name: str) -> float:
+        """One number of /metrics, summed over its labels."""
+        text = httpx.get(f"{self.url}/metrics").text
+        values = [float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"nanodrift:{name}{{")]
+        assert values, f"{name} is not exported"
+        return sum(values)
+
+
+@contextlib.contextmanager
+def running(*engine_options: str, **options):
+    server = RunningServer(*engine_options, **options)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running("--step-ms", "0.5") as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
+        yield client
+
+
+def eventually(condition) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never happened"
+        time.sleep(0.02)
+
+
+def complete(http, **body):
+    return http.post("/v1/completions", json={"prompt": "the fox ran", "max_tokens": 8} | body)
+
+
+def echo(prompt: str, num_tokens: int) -> str:
+    ids = TOKENIZER.encode(prompt)
+    return TOKENIZER.decode((ids * (num_tokens // len(ids) + 1))[:num_tokens])
+
+
+def stream(http, path: str, **body) -> list[dict]:
+    """The chunks of a streamed answer, after the checks that hold for every stream."""
+    with http.stream("POST", path, json=body | {"stream": True}) as response:
+        assert response.status_code == 200, response.read()
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["cache-control"] == "no-cache"
+        text = "".join(response.iter_text())
+    lines = text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""] and all(line.startswith("data: ") for line in lines[:-1])
+    chunks = [json.loads(line[len("data: ") :]) for line in lines[:-2]]
+    for key in ("id", "object", "created", "model"):
+        assert len({chunk[key] for chunk in chunks}) == 1
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    for index in {choice["index"] for choice in choices}:
+        reasons = [choice["finish_reason"] for choice in choices if choice["index"] == index]
+        assert reasons[-1] in ("stop", "length") and set(reasons[:-1]) <= {None}
+    return chunks
+
+
+def text_of(chunks: list[dict], index: int = 0) -> str:
+    choices = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+    return "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices)
+
+
+def error_of(response, status: int) -> dict:
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
+
+
+# ---- answers -------------------------------------------------------------------------------------------------------
+
+
+def test_completion(http):
+    answer = complete(http).json()
+    assert answer["id"].startswith("cmpl-") and answer["object"] == "text_completion" and answer["model"] == "echo"
+    assert abs(answer["created"] - time.time()) < 600
+    (choice,) = answer["choices"]
+    assert choice["text"] == echo("the fox ran", 8)
+    assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "length", None)
+    num_prompt = len(TOKENIZER.encode("the fox ran"))
+    assert answer["usage"]["prompt_tokens"] == num_prompt and answer["usage"]["completion_tokens"] == 8
+    assert answer["usage"]["total_tokens"] == num_prompt + 8
+
+
+def test_chat(http):
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "fox"}]},
+    ]
+    answer = http.post(
+        "/v1/chat/completions", json={"messages": messages, "stop_token_ids": [TOKENIZER.token_id("x")]}
+    ).json()
+    assert answer["id"].startswith("chatcmpl-") and answer["object"] == "chat.completion"
+    (choice,) = answer["choices"]
+    assert choice["message"]["role"] == "assistant" and choice["finish_reason"] == "stop"
+    assert choice["message"]["content"].strip() == "be brief"  # up to the end token of the first message
+    assert choice["stop_reason"] is None
+
+
+def test_default_lengths(http):
+    assert complete(http, max_tokens=None).json()["usage"]["completion_tokens"] == protocol.DEFAULT_COMPLETION_TOKENS
+    body = {"messages": [{"role": "user", "content": "fox"}], "ignore_eos": True}
+    usage = http.post("/v1/chat/completions", json=body).json()["usage"]
+    assert usage["total_tokens"] == KV_TOKENS  # a chat may use all the room there is
+    longest = complete(http, prompt=[7] * (KV_TOKENS - 3), max_tokens=None).json()["usage"]
+    assert longest["completion_tokens"] == 3
+
+
+def test_streams_say_the_same_as_whole_answers(http):
+    body = {"prompt": "the fox 你好 👋🏽 ran", "max_tokens": 50}
+    chunks = stream(http, "/v1/completions", **body)
+    assert text_of(chunks) == complete(http, **body).json()["choices"][0]["text"]
+    assert not any("\ufffd" in text_of([chunk]) for chunk in chunks[:-1])
+    assert "usage" not in chunks[-1]
+
+    chat = {"messages": [{"role": "user", "content": "a 你好"}], "stream_options": {"include_usage": True}}
+    chunks = stream(http, "/v1/chat/completions", **chat)
+    whole = http.post("/v1/chat/completions", json={"messages": chat["messages"]}).json()
+    assert text_of(chunks) == whole["choices"][0]["message"]["content"]
+    first, *rest = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
+    assert first == {"role": "assistant", "content": ""} and not any("role" in delta for delta in rest)
+    assert rest[-1] == {}  # the finish_reason comes alone
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+
+
+def test_continuous_usage_counts_every_token(http):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = stream(http, "/v1/completions", prompt="the fox", max_tokens=20, stream_options=options)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[-1] == 20 and counts[0] >= 1
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    "options, text, stop_reason",
+    [
+        ({"stop": " ran"}, "the fox", " ran"),
+        ({"stop": ["zebra", "x r", "fox ran"]}, "the fo", "x r"),
+        ({"stop": "x r", "include_stop_str_in_output": True}, "the fox r", "x r"),
+        ({"stop_token_ids": [TOKENIZER.encode(" fox", add_special_tokens=False)[-1]]}, "the", "id"),
+    ],
+)
+def test_stops(http, is_stream, options, text, stop_reason):
+    body = {"prompt": "the fox ran", "max_tokens": 50} | options
+    if is_stream:
+        chunks = stream(http, "/v1/completions", **body)
+        shown, choice = text_of(chunks), chunks[-1]["choices"][0]
+    else:
+        choice = complete(http, **body).json()["choices"][0]
+        shown = choice["text"]
+    assert (shown, choice["finish_reason"]) == (text, "stop")
+    assert choice["stop_reason"] == (options["stop_token_ids"][0] if stop_reason == "id" else stop_reason)
+
+
+def test_a_stop_string_counts_tokens_up_to_it_and_ends_the_request(server, http):
+    answer = complete(http, prompt="the fox ran", max_tokens=1500, stop=" ran").json()
+    assert answer["usage"]["completion_tokens"] == len(TOKENIZER.encode("the fox ran"))
+    eventually(lambda: server.gauge("num_requests_running") == 0)
+
+
+def test_eos_and_min_tokens(http):
+    ids = [TOKENIZER.encode("fox", add_special_tokens=False)[0], 2]
+    choice = complete(http, prompt=ids).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (TOKENIZER.decode(ids[:1]), "stop", None)
+    assert complete(http, prompt=ids, min_tokens=3).json()["usage"]["completion_tokens"] == 4
+    assert complete(http, prompt=ids, ignore_eos=True).json()["choices"][0]["finish_reason"] == "length"
+    kept = complete(http, prompt=ids, ignore_eos=True, skip_special_tokens=False, max_tokens=2).json()
+    assert kept["choices"][0]["text"].endswith(TOKENIZER.decode([2], skip_special_tokens=False))
+
+
+def test_several_prompts_are_several_choices(http):
+    prompts = ["the fox", "a bear", "tea"]
+    answer = complete(http, prompt=prompts, max_tokens=20).json()
+    assert [c["index"] for c in answer["choices"]] == [0, 1, 2]
+    assert [c["text"] for c in answer["choices"]] == [echo(prompt, 20) for prompt in prompts]
+    assert answer["usage"]["prompt_tokens"] == sum(len(TOKENIZER.encode(prompt)) for prompt in prompts)
+    assert answer["usage"]["completion_tokens"] == 60
+    chunks = stream(http, "/v1/completions", prompt=prompts, max_tokens=20)
+    assert [text_of(chunks, index) for index in range(3)] == [echo(prompt, 20) for prompt in prompts]
+    as_ids = complete(http, prompt=[[7, 8], [9]], max_tokens=2).json()
+    assert [c["text"] for c in as_ids["choices"]] == [TOKENIZER.decode([7, 8]), TOKENIZER.decode([9, 9])]
+
+
+def test_a_model_without_a_tokenizer_takes_token_ids():
+    with running(model="no-tokenizer") as bare, httpx.Client(base_url=bare.url) as http:
+        assert complete(http, prompt=[7, 8], max_tokens=3).json()["choices"][0]["text"] == " 7 8 7"
+        assert "token ids" in error_of(complete(http), 400)["message"]
+        assert "stop strings" in error_of(complete(http, prompt=[7], stop="x"), 400)["message"]
+        chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
+        assert "no tokenizer" in error_of(chat, 400)["message"]
+
+
+def test_models_health_version(http):
+    cards = http.get("/v1/models").json()["data"]
+    assert [card["id"] for card in cards] == ["echo", "second/name"]
+    assert cards[0]["object"] == "model" and cards[0]["max_model_len"] == WINDOW
+    assert http.get("/v1/models/second/name").json()["id"] == "second/name"
+    assert complete(http, model="second/name").json()["model"] == "second/name"
+    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/version").json()["version"]
+    assert http.get("/version", headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+BAD_COMPLETIONS = [
+    ({"prompt": []}, "empty list"),
+    ({"prompt": ""}, None),  # one token, BOS: fine
+    ({"prompt": [[]]}, "prompt is empty"),
+    ({"prompt": None}, "`prompt` must be"),
+    ({"prompt": [1, "a"]}, "`prompt` must be"),
+    ({"prompt": [-1]}, "`prompt` must be"),
+    ({"prompt": [True]}, "`prompt` must be"),
+    ({"prompt": [2**40]}, "`prompt` must be"),
+    ({"prompt": [5000]}, "outside the vocabulary"),
+    ({"prompt": {"text": "a"}}, "`prompt` must be"),
+    ({"prompt": ["a"] * (protocol.MAX_PROMPTS + 1)}, "the limit is"),
+    ({"max_tokens": 0}, "max_tokens must be at least 1"),
+    ({"max_tokens": -5}, "max_tokens must be at least 1"),
+    ({"max_tokens": 2.5}, "max_tokens"),
+    ({"max_tokens": "5"}, "max_tokens"),
+    ({"max_tokens": 10**30}, str(10**30)),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"temperature": -1}, "temperature must lie"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": 1e308}, "temperature must lie"),
+    ({"top_p": 0}, "top_p must lie"),
+    ({"top_p": 1.5}, "top_p must lie"),
+    ({"top_k": -2}, "top_k must be"),
+    ({"top_k": -1}, None),
+    ({"min_p": 2}, "min_p must lie"),
+    ({"min_tokens": 9}, "min_tokens must lie"),
+    ({"seed": 2**64}, "seed must be"),
+    ({"seed": 1.5}, "seed"),
+    ({"stop": ""}, "non-empty"),
+    ({"stop": ["a"] * 17}, "at most 16 stop strings"),
+    ({"stop": "a" * 1001}, "at most 1000 characters"),
+    ({"stop": 5}, "`stop` must be"),
+    ({"stop": []}, None),
+    ({"stop_token_ids": [-1]}, "stop_token_ids"),
+    ({"stop_token_ids": ["a"]}, "stop_token_ids"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": 5}, "stream_options"),
+    ({"slo_ttft_ms": 0}, "slo_ttft_ms"),
+    ({"slo_ttft_ms": 5.0, "slo_tbt_ms": 7}, None),
+    ({"n": 2}, "`n` is not supported"),
+    ({"n": 1, "echo": False, "logprobs": None, "presence_penalty": 0, "logit_bias": {}, "best_of": 1}, None),
+    ({"logprobs": 0}, "`logprobs` is not supported"),
+    ({"echo": True}, "`echo` is not supported"),
+    ({"suffix": "x"}, "`suffix` is not supported"),
+    ({"frequency_penalty": 0.5}, "`frequency_penalty` is not supported"),
+    ({"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
+    ({"logit_bias": {"5": 1}}, "`logit_bias` is not supported"),
+]
+BAD_CHATS = [
+    ({"messages": []}, "empty list"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"role": "user"}]}, "needs `content`"),
+    ({"messages": [{"role": "robot", "content": "hi"}]}, "role 'robot' is not known"),
+    ({"messages": [{"role": "tool", "content": "hi"}]}, "chat template refuses"),  # this model's own refusal
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "text only"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "`tool_calls`"),
+    ({"messages": [{"role": "assistant", "content": None}, {"role": "user", "content": "hi"}], "max_tokens": 2}, None),
+    ({"tools": [{"type": "function"}]}, "`tools` is not supported"),
+    ({"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "max_completion_tokens": 2}, None),
+    ({"logprobs": True}, "`logprobs` is not supported"),
+    ({"max_completion_tokens": 0}, "max_tokens must be at least 1"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD_COMPLETIONS, ids=lambda value: str(value)[:40])
+def test_completion_values(http, options, message):
+    response = complete(http, **options)
+    if message is None:
+        assert response.status_code == 200, response.text
+    else:
+        error = error_of(response, 400)
+        assert message in error["message"] and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("options, message", BAD_CHATS, ids=lambda value: str(value)[:40])
+def test_chat_values(http, options, message):
+    response = http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 4} | options)
+    if message is None:
+        assert response.status_code == 200, response.text
+    else:
+        assert message in error_of(response, 400)["message"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "the body"),
+        (b"{", "not valid JSON"),
+        (b"[1]", "must be a JSON object"),
+        (b"5", "must be a JSON object"),
+        (b"null", "the body"),
+        (b'"prompt"', "must be a JSON object"),
+        (b'{"prompt": "a", "temperature": NaN}', "temperature"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": "a", "slo_tbt_ms": Infinity}', "slo_tbt_ms"),
+        (b'{"prompt": "\xff"}', "body"),
+        (b"[" * 10_000, "body"),
+        (b'{"prompt": ' + b"[" * 10_000, "body"),
+    ],
+    ids=range(12),
+)
+def test_bodies_that_are_no_completion(http, content, message):
+    response = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert message in error_of(response, 400)["message"]
+
+
+def test_lone_surrogates_do_no_harm(http):
+    body = b'{"prompt": "a\\ud800b", "stop": "\\udfff", "max_tokens": 4, "model": "echo"}'
+    response = http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 400), response.text
+    assert complete(http).status_code == 200
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_requests_longer_than_the_window_name_both_numbers(http, is_stream):
+    asked = complete(http, prompt=[7] * 2000, max_tokens=100, stream=is_stream)
+    message = error_of(asked, 400)["message"]
+    assert f"maximum context length is {WINDOW} tokens" in message and "you requested 2100 tokens" in message
+    message = error_of(complete(http, prompt=[7] * 3000, max_tokens=None, stream=is_stream), 400)["message"]
+    assert "3000 tokens" in message
+    message = error_of(complete(http, prompt=[7] * 1500, max_tokens=500, stream=is_stream), 400)["message"]
+    assert "the cache has room for" in message  # within the window, refused by the engine: before the first byte
+
+
+def test_wrong_paths_methods_kinds_and_sizes(server, http):
+    assert error_of(http.get("/nope"), 404)
+    assert error_of(http.get("/v1/completions"), 405)
+    assert error_of(http.get("/v1/models/nope"), 404)["code"] == "model_not_found"
+    assert error_of(complete(http, model="nope"), 404)["code"] == "model_not_found"
+    assert error_of(http.post("/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"}), 415)
+    assert error_of(http.post("/v1/completions", data={"prompt": "a"}), 415)
+    with running(max_body_bytes=1000) as small:
+        body = json.dumps({"prompt": "a" * 2000}).encode()
+        headers = {"Content-Type": "application/json"}
+        assert error_of(httpx.post(f"{small.url}/v1/completions", content=body, headers=headers), 413)
+        in_parts = httpx.post(f"{small.url}/v1/completions", content=iter([body[:900], body[900:]]), headers=headers)
+        assert error_of(in_parts, 413)
+        assert httpx.post(f"{small.url}/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+def test_unknown_fields_are_ignored_and_logged_once(http, caplog):
+    for _ in range(2):
+        assert complete(http, frobnicate=1, user="me").status_code == 200
+    assert [record.getMessage() for record in caplog.records if "frobnicate" in record.getMessage()] == [
+        "request field 'frobnicate' is not known and is ignored"
+    ]
+    assert not any("'user'" in record.getMessage() for record in caplog.records)
+
+
+def test_keys_guard_every_route_but_health():
+    with running(api_keys=("right-key", "other-key")) as guarded, httpx.Client(base_url=guarded.url) as http:
+        paths = [
+            "/v1/models",
+            "/metrics",
+            "/version",
+            "/openapi.json",
+            "/nope",
+            "/v1/../v1/models",
+            "//health",
+            "/health/",
+        ]
+        for path in [*paths, "/%68ealth%2f..%2fmetrics", "/HEALTH"]:
+            error = error_of(http.get(path), 401)
+            assert error["type"] == "authentication_error" and error["code"] == "invalid_api_key"
+        assert http.get("/v1/models").headers["www-authenticate"] == "Bearer"
+        assert error_of(http.get("/v1/models", headers={"Host": "localhost/health?"}), 401)
+        assert error_of(http.options("/v1/models"), 401)
+        assert http.get("/health").status_code == 200
+        for value in ["right-key", "Basic right-key", "Bearer", "Bearer wrong", "Bearer right-key2", "Bearer right-ke"]:
+            assert error_of(http.get("/v1/models", headers={"Authorization": value}), 401)
+        for key in ("right-key", "other-key"):
+            assert complete(http, headers=None).status_code == 401
+            assert http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="no", max_retries=0).models.list()
+
+
+# ---- clients that leave, slow ones, many ---------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_frees_its_request():
+    with running("--step-ms", "10", "--max-num-seqs", "2") as slow:
+        url = f"{slow.url}/v1/completions"
+        body = {"prompt": "the fox", "max_tokens": 1500, "stream": True}
+        with contextlib.ExitStack() as stack:
+            readers = []  # kept: httpx hangs up when the iterator goes
+            for _ in range(2):  # two run, ...
+                response = stack.enter_context(httpx.stream("POST", url, json=body, timeout=PATIENCE_S))
+                readers.append(response.iter_text())
+                next(readers[-1])
+            for is_stream in (True, False):  # ... and two wait in the queue
+                with pytest.raises(httpx.ReadTimeout):
+                    httpx.post(url, json=body | {"stream": is_stream}, timeout=0.3)
+            eventually(lambda: slow.gauge("num_requests_waiting") == 0)
+            assert slow.gauge("num_requests_running") == 2
+        eventually(lambda: slow.gauge("num_requests_running") == 0)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body | {"stream": False, "prompt": ["a", "b"]}, timeout=0.3)
+        eventually(lambda: slow.gauge("num_requests_running") == 0)
+        eventually(lambda: slow.gauge("http_requests_client_disconnected_total") == 5)
+        assert slow.gauge("request_success_total") == 6  # all by abort
+        assert httpx.post(url, json={"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
+def test_a_client_that_does_not_read_delays_nobody(server, http):
+    body = json.dumps({"prompt": "the fox 你好", "max_tokens": 1500, "stream": True}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect((host, int(port)))
+        sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        for _ in range(5):
+            assert complete(http, max_tokens=50).json()["choices"][0]["text"] == echo("the fox ran", 50)
+        eventually(lambda: server.gauge("num_requests_running") == 0)  # its tokens were generated all the same
+        sock.settimeout(PATIENCE_S)
+        answer = b""
+        while b"[DONE]" not in answer and (part := sock.recv(65536)):
+            answer += part
+    chunks = [json.loads(line[6:]) for line in answer.decode().splitlines() if line.startswith("data: {")]
+    assert text_of(chunks) == echo("the fox 你好", 1500)
+    assert len(chunks) < 1400  # what piled up came in one piece
+
+
+def test_many_streams_at_once_do_not_mix(server):
+    async def one(client: httpx.AsyncClient, number: int) -> bool:
+        prompt, pieces = f"story {number} of the fox", []
+        body = {"prompt": prompt, "max_tokens": 40, "stream": True}
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    pieces.append(json.loads(line[6:])["choices"][0]["text"])
+        return "".join(pieces) == echo(prompt, 40)
+
+    async def all_of_them() -> list[bool]:
+        limits = httpx.Limits(max_connections=64)
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S, limits=limits) as client:
+            return await asyncio.gather(*(one(client, number) for number in range(64)))
+
+    assert all(asyncio.run(all_of_them()))
+    eventually(lambda: server.gauge("num_requests_running") == 0)
+
+
+def test_a_storm_of_impatient_clients(server, http):
+    def impatient(number: int) -> None:
+        with contextlib.suppress(httpx.TimeoutException):
+            body = {"prompt": [number % 100 + 6] * 20, "max_tokens": 1500, "stream": number % 2 == 0}
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=0.2) as response:
+                next(response.iter_bytes())
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(impatient, range(40)))
+    assert complete(http).status_code == 200
+    eventually(lambda: server.gauge("num_requests_running") + server.gauge("num_requests_waiting") == 0)
+
+
+def test_metrics_add_up():
+    with running() as fresh, httpx.Client(base_url=fresh.url) as http:
+        complete(http, prompt=[7, 8, 9], max_tokens=5)
+        complete(http, prompt=[7, 8, 9], max_tokens=5, stop_token_ids=[8])
+        assert fresh.gauge("prompt_tokens_total") == 6 and fresh.gauge("generation_tokens_total") == 7
+        assert fresh.gauge("time_to_first_token_seconds_count") == fresh.gauge("e2e_request_latency_seconds_count") == 2
+        assert fresh.gauge("inter_token_latency_seconds_count") == 5
+        text = http.get("/metrics").text
+        for reason, count in (("stop", 1), ("length", 1), ("abort", 0)):
+            line = f'nanodrift:request_success_total{{finished_reason="{reason}",model_name="echo"}} {count}.0'
+            assert line in text
+        for name in ("kv_cache_usage_perc", "num_requests_waiting", "num_preemptions_total"):
+            assert fresh.gauge(name) == 0
+
+
+# ---- the engine's life ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order, reason", [(CRASH, "the script says crash"), (DIE, "killed by signal 9")])
+def test_a_dead_engine_ends_what_is_in_flight(order, reason):
+    with running("--step-ms", "5") as doomed, httpx.Client(base_url=doomed.url, timeout=PATIENCE_S) as http:
+        body = {"prompt": [SILENT], "max_tokens": 10}
+        with ThreadPoolExecutor() as pool:
+            whole = pool.submit(http.post, "/v1/completions", json=body)
+            streams = [
+                pool.submit(http.post, "/v1/completions", json=body | {"prompt": p, "max_tokens": 1500, "stream": True})
+                for p in ([SILENT], [7])
+            ]
+            eventually(lambda: doomed.gauge("num_requests_running") == 3)
+            eventually(lambda: doomed.gauge("generation_tokens_total") >= 3)
+            killer = complete(http, prompt=[order])
+            assert reason in error_of(killer, 500)["message"]
+            assert error_of(whole.result(), 500)["code"] == "engine_dead"
+            assert error_of(streams[0].result(), 500)  # not a byte had been sent
+            lines = streams[1].result().text.strip().split("\n\n")
+            assert lines[-1] == "data: [DONE]" and reason in json.loads(lines[-2][6:])["error"]["message"]
+        assert http.get("/health").status_code == 503 and http.get("/health").json()["status"] == "dead"
+        assert error_of(complete(http), 503)["type"] == "server_error"
+
+
+def test_while_loading():
+    with running("--load-s", "60", wait=False) as loading, httpx.Client(base_url=loading.url) as http:
+        assert http.get("/health").status_code == 503 and http.get("/health").json()["status"] == "loading"
+        refused = complete(http)
+        assert error_of(refused, 503)["code"] == "engine_loading" and refused.headers["retry-after"]
+        assert http.get("/metrics").status_code == http.get("/v1/models").status_code == 200
+
+
+# ---- openai's own client -------------------------------------------------------------------------------------------
+
+
+def test_openai_client(server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    assert client.models.list().data[0].id == "echo"
+    done = client.completions.create(model="echo", prompt="the fox", max_tokens=9, temperature=0, seed=1)
+    assert done.choices[0].text == echo("the fox", 9) and done.usage.completion_tokens == 9
+    messages = [{"role": "user", "content": "tea"}]
+    chat = client.chat.completions.create(model="echo", messages=messages)
+    assert chat.choices[0].message.content == "tea" and chat.choices[0].finish_reason == "stop"
+    chunks = list(client.chat.completions.create(model="echo", messages=messages, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == "tea"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="nope", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        client.chat.completions.create(model="echo", messages=messages, max_completion_tokens=5000)
+
+
+# ---- frames --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_frames_survive_any_cutting(data):
+    json_values = st.recursive(
+        st.integers() | st.text() | st.none(), lambda inner: st.lists(inner, max_size=4), max_leaves=8
+    )
+    messages = data.draw(st.lists(st.lists(json_values, max_size=4), max_size=5))
+    wire = b"".join(frames.encode(message) for message in messages)
+    decoder, seen = frames.FrameDecoder(), []
+    while wire:
+        size = data.draw(st.integers(1, len(wire)))
+        seen += decoder.feed(wire[:size])
+        wire = wire[size:]
+    assert seen == messages
+
+
+def test_a_frame_of_absurd_length_is_refused():
+    with pytest.raises(ValueError, match="over the limit"):
+        frames.FrameDecoder().feed(b"\xff\xff\xff\xff")
+
+
+def test_the_engines_end_never_waits_for_a_slow_reader():
+    ours, theirs = socket.socketpair()
+    link, message = frames.FrameLink(ours), ["step", [["id", [1] * 1000, None, None, 0]] * 20, None]
+    for _ in range(50):  # several times what the pair's buffers hold
+        link.send(message)
+    decoder, seen = frames.FrameDecoder(), []
+    theirs.setblocking(False)
+    while len(seen) < 50:
+        with contextlib.suppress(BlockingIOError):
+            seen += decoder.feed(theirs.recv(1 << 20))
+        assert link.receive(0) == []
+    assert seen == [message] * 50
+    theirs.close()
+    with pytest.raises(EOFError):
+        link.receive(1)
+    ours.close()
+
+
+def test_a_requests_own_slo_fills_up_from_the_servers():
+    body = protocol.CompletionBody(prompt="a", slo_tbt_ms=20)
+    assert body.slo(SLO(1000, 50)) == {"ttft_ms": 1000, "tbt_ms": 20}
+    assert protocol.CompletionBody(prompt="a").slo(SLO()) is None
