@@ -9,8 +9,8 @@ index order, so the same inputs always give the same bits.
 
 Cost (bf16): rmsnorm moves 4 T C bytes; add_rmsnorm moves (6 + 4 S) T C with fp32 partials, 8 T C with one bf16 partial;
 a few FLOPs per element, so the memory system is the only limit.
-Map: program p takes rows p, p + P, p + 2P, ...; a whole row and the weight stay in registers. The grid is a small
-multiple of ``num_sms``, so a partition of the chip gets a grid of its own size.
+Map: program p takes rows p, p + P, p + 2P, ...; a whole row and the weight stay in registers. P is the number of rows, at
+most 64 ``num_sms``, so a partition of the chip gets a grid of its own size.
 
 Knows nothing about models or where x came from. Tests: ``pytest tests/test_kernels_small.py``.
 """
@@ -107,10 +107,10 @@ def _add_rmsnorm_kernel(
 
 
 def _launch_shape(num_tokens: int, width: int, num_sms: int) -> tuple[int, int, int]:
-    """-> (programs, BLOCK_C, warps). Sixteen programs an SM: as many as fit, twice."""
+    """-> (programs, BLOCK_C, warps). A program for each row of 64 num_sms rows, then they share."""
     assert width <= MAX_WIDTH, f"rows of {width} do not fit into registers (at most {MAX_WIDTH})"
     block = triton.next_power_of_2(width)
-    return min(num_tokens, num_sms * 16), block, min(max(block // 512, 1), 8)
+    return min(num_tokens, num_sms * 64), block, min(max(block // 512, 1), 8)
 
 
 def rmsnorm(

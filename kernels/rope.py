@@ -180,7 +180,7 @@ def rope_kv_write(
     assert k_cache.shape == v_cache.shape and k_cache.shape[1:3] == (num_kv_heads, BLOCK_SIZE)
     assert all(t.is_contiguous() for t in (qkv, cos_sin, k_cache, v_cache, out)) and block_table.stride(1) == 1
     if num_tokens > 0:
-        block_heads = 16  # x D = 128: 16 numbers a thread, two 16-byte vectors of bf16
+        block_heads = 8  # one shape for any T: the bits of a token must not depend on how many there are
         num_steps = num_tokens * triton.cdiv(num_heads + 2 * num_kv_heads, block_heads)
         _rope_kv_write_kernel[(min(num_steps, num_sms * 64),)](
             qkv,

@@ -10,8 +10,8 @@ a step is recomputed, and the torch reference below draws the same tokens as the
 Cost: reads 4 B V bytes once; random bits cost about 10 integer instructions per logit (one Philox call serves four).
 Map: ``sample`` cuts each row into spans of vocabulary tiles, one program per (row, span), sized so that the grid is
 about 8 ``num_sms``; a second tiny kernel takes the best span of each row. ``filter_logits`` gives a row to one program,
-which finds the threshold by counting passes over the row (it stays in L2), each cutting the bracket to a quarter: no
-sort, no atomics, hence the same set every time.
+which finds the threshold by counting passes, each cutting the bracket to a quarter; once few candidates are left they
+are copied together and the rest of the passes run over those. No sort, no atomics, hence the same set every time.
 
 Per-request parameters live in tables indexed by ``rows``; row -1 is padding.
 Tests: ``pytest tests/test_kernels_small.py``.
@@ -180,7 +180,7 @@ def _sample_spans_kernel(
         if temperature > 0.0:
             score = score * inverse
             v = _uniform(seed, position, tile * (BLOCK_V // 4) + quads, BLOCK_V)
-            # noise < -log(v) <= ln 2 * (127 - exponent bits of v), and 0.7 > ln 2 leaves room for rounding: most tiles
+            # noise < -log(v) <= ln 2 * (127 - exponent bits of v), and 0.7 > ln 2 leaves room for rounding: many tiles
             # are out before any logarithm is taken
             most_noise = 0.7 * (127 - (v.to(tl.int32, bitcast=True) >> 23)).to(tl.float32)
             if tl.max(score + most_noise, axis=0) > to_beat:
@@ -301,13 +301,15 @@ def _pick(passes1, passes2, passes3, a0, a1, a2, a3):
 
 @triton.jit
 def _mass_above(
-    row_ptr, t1, t2, t3, best, scale, WEIGHTED: tl.constexpr, V: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr
-):
-    """One pass over a row: for three thresholds, the mass and the number of all x >= threshold.
+    x_ptr, length, t1, t2, t3, best, scale,
+    WEIGHTED: tl.constexpr, V: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One pass over a row or what is left of it: for three thresholds, the mass and the number of all x >= threshold.
 
     The mass is the sum of exp2((x - best) * scale) if WEIGHTED, else the number again. Sums run in a fixed order. A
     tile is [TILE / LANES, LANES]; its rows are added up inside each thread.
     """
+    limit = tl.where(length == V, V, 1 << 30)  # a row may end within a tile; a gathered list is filled up
     offsets = tl.arange(0, TILE // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     mass1 = tl.zeros([LANES], tl.float32)
     mass2 = tl.zeros([LANES], tl.float32)
@@ -315,8 +317,8 @@ def _mass_above(
     count1 = tl.zeros([LANES], tl.int32)
     count2 = tl.zeros([LANES], tl.int32)
     count3 = tl.zeros([LANES], tl.int32)
-    for start in tl.range(0, V, TILE, num_stages=3):
-        x = tl.load(row_ptr + start + offsets, mask=start + offsets < V, other=float("-inf"))
+    for start in range(0, length, TILE):
+        x = tl.load(x_ptr + start + offsets, mask=start + offsets < limit, other=float("-inf"))
         count1 += tl.sum((x >= t1).to(tl.int32), axis=0)
         count2 += tl.sum((x >= t2).to(tl.int32), axis=0)
         count3 += tl.sum((x >= t3).to(tl.int32), axis=0)
@@ -335,26 +337,38 @@ def _mass_above(
 
 
 @triton.jit
+def _gather_above(x_ptr, low, kept_ptr, V: tl.constexpr, TILE: tl.constexpr):
+    """Copy a row's x >= low to kept_ptr in their order, fill up with -inf to whole tiles -> length of the list."""
+    offsets = tl.arange(0, TILE)
+    num_kept = tl.full((), 0, tl.int32)
+    for start in range(0, V, TILE):
+        x = tl.load(x_ptr + start + offsets, mask=start + offsets < V, other=float("-inf"))
+        is_kept = (x >= low).to(tl.int32)
+        place = num_kept + tl.cumsum(is_kept, axis=0) - 1
+        tl.store(kept_ptr + place, x, mask=is_kept > 0)
+        num_kept += tl.sum(is_kept, axis=0)
+    length = (num_kept + TILE - 1) // TILE * TILE
+    rest = num_kept + offsets
+    tl.store(kept_ptr + rest, tl.full([TILE], float("-inf"), tl.float32), mask=rest < length)
+    tl.debug_barrier()  # other threads of the program read what this one wrote
+    return length
+
+
+@triton.jit
 def _largest_threshold(
-    row_ptr,
-    low,
-    best,
-    scale,
-    target,
-    WEIGHTED: tl.constexpr,
-    V: tl.constexpr,
-    TILE: tl.constexpr,
-    LANES: tl.constexpr,
+    x_ptr, length, kept_ptr, low, best, scale, target,
+    WEIGHTED: tl.constexpr, V: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr,
     VALUE_PASSES: tl.constexpr,
-):
+):  # fmt: skip
     """The largest threshold t >= low whose mass (see ``_mass_above``) is still >= target, up to an equal set.
 
     Invariant: low passes, high does not. Three trial thresholds cut the bracket to a quarter; early passes cut it by
     value (quick on logits as they are), later ones by the numbers' bits, which ends for sure. It stops once at most one
-    number is left in between.
+    number is left in between. As soon as at most CAPACITY numbers are >= low, they are gathered, and later passes run
+    over that list alone. -> threshold, and the list (pointer, length) that holds everything above it.
     """
     high = _flip(_flip(best.to(tl.int32, bitcast=True)) + 1).to(tl.float32, bitcast=True)  # the next number above best
-    count_low = tl.full((), V, tl.int32)
+    count_low = length
     count_high = tl.full((), 0, tl.int32)
     gap = tl.full((), 2, tl.int64)
     step = tl.full((), 0, tl.int32)
@@ -369,7 +383,7 @@ def _largest_threshold(
             t2 = tl.minimum(tl.maximum(low + (high - low) * 0.5, low), high)
             t3 = tl.minimum(tl.maximum(low + (high - low) * 0.75, low), high)
         mass1, mass2, mass3, count1, count2, count3 = _mass_above(
-            row_ptr, t1, t2, t3, best, scale, WEIGHTED, V, TILE, LANES
+            x_ptr, length, t1, t2, t3, best, scale, WEIGHTED, V, TILE, LANES
         )
         passes1, passes2, passes3 = mass1 >= target, mass2 >= target, mass3 >= target
         count_low, count_high = (
@@ -380,8 +394,11 @@ def _largest_threshold(
             _pick(passes1, passes2, passes3, low, t1, t2, t3),  # the last that passes
             _pick(passes1, passes2, passes3, t1, t2, t3, high),  # the first that does not
         )
+        if (length > CAPACITY) & (count_low <= CAPACITY):
+            length = _gather_above(x_ptr, low, kept_ptr, V, TILE)
+            x_ptr = kept_ptr
         step += 1
-    return low
+    return low, x_ptr, length
 
 
 @triton.jit
@@ -392,9 +409,11 @@ def _filter_kernel(
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
+    kept_ptr,
     V: tl.constexpr,
     TILE: tl.constexpr,
     LANES: tl.constexpr,
+    CAPACITY: tl.constexpr,
     VALUE_PASSES: tl.constexpr,
 ):
     # map program -> row
@@ -414,26 +433,34 @@ def _filter_kernel(
     # first pass: the largest and the smallest finite logit
     largest = tl.full([LANES], float("-inf"), tl.float32)
     smallest = tl.full([LANES], float("inf"), tl.float32)
-    for start in tl.range(0, V, TILE, num_stages=3):
+    for start in range(0, V, TILE):
         x = tl.load(row_ptr + start + offsets, mask=start + offsets < V, other=float("-inf"))
         largest = tl.maximum(largest, tl.max(x, axis=0))
         smallest = tl.minimum(smallest, tl.min(tl.where(x > float("-inf"), x, float("inf")), axis=0))
     best = tl.max(largest, axis=0)
     threshold = tl.min(smallest, axis=0)
     # narrow the threshold: top-k, then top-p on what is left, then min-p
+    x_ptr = row_ptr
+    length = tl.full((), V, tl.int32)
+    kept_ptr += b * CAPACITY
     if has_top_k:
-        threshold = _largest_threshold(
-            row_ptr, threshold, best, 0.0, top_k.to(tl.float32), False, V, TILE, LANES, VALUE_PASSES
-        )
+        threshold, x_ptr, length = _largest_threshold(
+            x_ptr, length, kept_ptr, threshold, best, 0.0, top_k.to(tl.float32),
+            False, V, TILE, LANES, CAPACITY, VALUE_PASSES,
+        )  # fmt: skip
     if top_p < 1.0:
         scale = 1.4426950408889634 / temperature
-        low = threshold
-        total, _1, _2, _3, _4, _5 = _mass_above(row_ptr, low, low, low, best, scale, True, V, TILE, LANES)
-        threshold = _largest_threshold(row_ptr, low, best, scale, top_p * total, True, V, TILE, LANES, VALUE_PASSES)
+        total, _1, _2, _3, _4, _5 = _mass_above(
+            x_ptr, length, threshold, threshold, threshold, best, scale, True, V, TILE, LANES
+        )
+        threshold, x_ptr, length = _largest_threshold(
+            x_ptr, length, kept_ptr, threshold, best, scale, top_p * total,
+            True, V, TILE, LANES, CAPACITY, VALUE_PASSES,
+        )  # fmt: skip
     if min_p > 0.0:
         threshold = tl.maximum(threshold, best + temperature * tl.log(min_p))
     # last pass: only what falls is written
-    for start in tl.range(0, V, TILE, num_stages=3):
+    for start in range(0, V, TILE):
         inside = start + offsets < V
         x = tl.load(row_ptr + start + offsets, mask=inside, other=0.0)
         tl.store(
@@ -465,6 +492,8 @@ def filter_logits(
     batch, vocab_size = logits.shape
     assert logits.is_contiguous() and logits.dtype == torch.float32
     if batch > 0:
+        capacity = 16384  # of the list that a row's search shrinks to
+        kept = torch.empty((batch, capacity), dtype=torch.float32, device=logits.device)
         _filter_kernel[(batch,)](
             logits,
             rows,
@@ -472,9 +501,11 @@ def filter_logits(
             top_k,
             top_p,
             min_p,
+            kept,
             V=vocab_size,
-            TILE=8192,
+            TILE=4096,
             LANES=2048,
+            CAPACITY=capacity,
             VALUE_PASSES=10,
             num_warps=16,
         )

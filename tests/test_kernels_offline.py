@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes one program may use, by architecture
 NUM_SMS = {80: 108, 90: 132, 100: 148}
 
+TUNED_FOR = 90  # tiles are chosen for this one: no spills there. Elsewhere kernels must compile and fit.
+
 # What a kernel's sm_90 PTX must contain: the tensor cores' warpgroup instruction, the bulk tensor copy.
 WGMMA, TMA = "wgmma.mma_async", "cp.async.bulk.tensor"
 MUST_CONTAIN = {
@@ -251,11 +253,11 @@ def complaints(result: dict, arch: int) -> list[str]:
         if "error" in record:
             wrong.append(f"{name}: {record['error']}")
             continue
-        if record["stack_bytes"] or record["local_bytes"]:
+        if arch == TUNED_FOR and (record["stack_bytes"] or record["local_bytes"]):
             wrong.append(f"{name}: spills, {record['stack_bytes']} bytes of stack, {record['local_bytes']} local")
         if record["shared_bytes"] > SHARED_LIMIT[arch]:
             wrong.append(f"{name}: {record['shared_bytes']} bytes of shared memory, limit {SHARED_LIMIT[arch]}")
-        if arch == 90:
+        if arch == TUNED_FOR:
             missing = [text for text in MUST_CONTAIN.get(record["kernel"], ()) if text not in record["found"]]
             wrong.extend(f"{name}: no {text}" for text in missing)
     seen = {record["kernel"] for record in result["compiled"]}

@@ -295,7 +295,7 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("vocab_size", [331, 8200])
+@pytest.mark.parametrize("vocab_size", [331, 20011])
 @pytest.mark.parametrize("top_k, top_p, min_p", FILTERS)
 def test_filter_logits(vocab_size, top_k, top_p, min_p):
     logits = randn(5, vocab_size) * 3
