@@ -11,7 +11,6 @@ Engine options (``--device``, ``--load-format``, ...) are the fields of nanodrif
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from dataclasses import asdict, fields
@@ -99,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         options["output"].parent.mkdir(parents=True, exist_ok=True)
         options["output"].write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
-    return 0
+    return 1 if "error" in result else 0
 
 
 def measure(mode: str, options: dict, console: Console) -> dict:
@@ -108,8 +107,8 @@ def measure(mode: str, options: dict, console: Console) -> dict:
     config = EngineConfig.from_options(**{k: v for k, v in options.items() if k in names})
     metadata = dict(pair.split("=", 1) for pair in options.get("metadata", ()))
     device = resolve_device(config.device)
-    with progress_bar(console) as progress:
-        loaded, ceilings, ceiling_figures = load(options.get("model"), config, device, progress)
+    with Display(console) as display:
+        loaded, ceilings, ceiling_figures = load(options.get("model"), config, device, display)
         plan = PLAN[device.type] | {k: v for k, v in options.items() if k in PLAN[device.type]}
         plan = fit(plan, loaded.max_model_len, config.max_num_seqs, given=options)
         result = {
@@ -125,36 +124,56 @@ def measure(mode: str, options: dict, console: Console) -> dict:
             "start_s": loaded.phases_s,
             "ceilings": ceiling_figures,
         }
-        if mode in ("smoke", "throughput"):
-            result |= run_throughput(loaded, plan, config.seed, device, progress)
-        if mode in ("smoke", "latency"):
-            result |= run_latency(loaded, plan, config.seed, device, ceilings, progress)
+        try:
+            if mode in ("smoke", "throughput"):
+                result |= run_throughput(loaded, plan, config.seed, device, display)
+            if mode in ("smoke", "latency"):
+                result |= {"prefill": [], "decode": []}
+                run_prefill(loaded, plan, config.seed, device, ceilings, display, result["prefill"])
+                run_decode(loaded, plan, config.seed, device, ceilings, display, result["decode"])
+        except Exception as error:  # device time is dear: what was measured before is shown and kept
+            result["error"] = f"{type(error).__name__}: {error}"
+            if not isinstance(error, ValueError):
+                console.print_exception()
         result["stats"] = loaded.engine.stats()
         loaded.engine.close()
     show(result, console)
+    if "error" in result:
+        console.print(f"[red]bench.py: stopped early:[/] {result['error']}", highlight=False)
     return result | metadata
 
 
-@contextlib.contextmanager
-def progress_bar(console: Console):
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield progress
+class Display:
+    """What is being measured, as a bar on stderr. Drawn only when told to: a drawing thread would cost timed steps."""
+
+    def __init__(self, console: Console):
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self._bar = Progress(*columns, console=console, transient=True, auto_refresh=False)
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def show(self, text: str, total: int | None = None, done: int = 0) -> None:
+        self._bar.update(self._task, description=text, total=total, completed=done, refresh=True)
 
 
-def load(model: str | None, config: EngineConfig, device, progress) -> tuple[LoadedEngine, Ceilings, dict]:
+def load(model: str | None, config: EngineConfig, device, display: Display) -> tuple[LoadedEngine, Ceilings, dict]:
     """The engine, warm, and the device's ceilings.
 
     On a GPU they are measured first, while its memory is free; on a CPU afterwards, with the threads the engine uses.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    task = progress.add_task("measuring the device's ceilings", total=None)
+    display.show("measuring the device's ceilings")
     measured = machine.measure_ceilings(device, dtype) if device.type == "cuda" else None
-    loaded = load_engine(model, config, lambda phase, _: progress.update(task, description=f"loading: {phase}"))
-    progress.update(task, description="warming up")
+    loaded = load_engine(model, config, lambda phase, done: display.show(f"loading: {phase}", 100, round(100 * done)))
+    display.show("warming up")
     offline.throughput(loaded.engine, num_prompts=2, input_len=32, output_len=4, seed=config.seed + 1)
     measured = measured or machine.measure_ceilings(device, dtype)
-    progress.remove_task(task)
     return loaded, *measured
 
 
@@ -178,47 +197,51 @@ def parse_shape(shape: str) -> tuple[int, int]:
     return int(count or 1), int(length)
 
 
-def run_throughput(loaded: LoadedEngine, plan: dict, seed: int, device: torch.device, progress) -> dict:
-    task = progress.add_task("throughput: requests", total=plan["num_prompts"])
+def run_throughput(loaded: LoadedEngine, plan: dict, seed: int, device: torch.device, display: Display) -> dict:
     load = {key: plan[key] for key in ("num_prompts", "input_len", "output_len")}
+    num_done = 0
+
+    def advance(num_finished: int) -> None:
+        nonlocal num_done
+        num_done += num_finished
+        if num_finished:
+            display.show("throughput: requests", plan["num_prompts"], num_done)
+
+    display.show("throughput: requests", plan["num_prompts"])
     with machine.PowerLog(device) as power:
-        result = offline.throughput(loaded.engine, **load, seed=seed, advance=lambda n: progress.advance(task, n))
-    progress.remove_task(task)
+        result = offline.throughput(loaded.engine, **load, seed=seed, advance=advance)
     return result | power.medians()
 
 
-def run_latency(loaded: LoadedEngine, plan: dict, seed: int, device, ceilings: Ceilings, progress) -> dict:
-    engine, model = loaded.engine, loaded.model_config
-    width = loaded.dtype.itemsize
-    prefill, decode = [], []
+def run_prefill(loaded: LoadedEngine, plan: dict, seed: int, device, ceilings: Ceilings, display: Display, rows: list):
+    """Appends a row for each shape of the plan."""
     for shape in plan["prefill"]:
         count, length = parse_shape(shape)
-        task = progress.add_task(f"prefill {shape}", total=plan["repeats"] + 1)
         times = []
         with machine.PowerLog(device) as power:
             while len(times) <= plan["repeats"] or sum(times) < plan["window_s"]:  # as hot as under steady load
-                times.append(offline.prefill_s(engine, count, length, seed=seed + 1000 * len(times) + length))
-                progress.advance(task)
-        progress.remove_task(task)
+                display.show(f"prefill {shape}", plan["repeats"] + 1, len(times))
+                times.append(offline.prefill_s(loaded.engine, count, length, seed=seed + 1000 * len(times) + length))
         times = times[1:]  # the first one warms up
         row = {"shape": shape, "num_tokens": count * length, "repeats": len(times),
                "ms": median(times) * 1e3, "min_ms": min(times) * 1e3,
                "max_ms": max(times) * 1e3, "tokens_per_s": count * length / median(times)}  # fmt: skip
-        floor = prefill_load(model, width, [length] * count)
-        prefill.append(row | beside_roofline(row["ms"], floor, ceilings) | power.medians())
-    for batch in plan["batches"]:
-        task = progress.add_task(f"decode, batch {batch}", total=plan["decode_steps"])
+        floor = prefill_load(loaded.model_config, loaded.dtype.itemsize, [length] * count)
+        rows.append(row | beside_roofline(row["ms"], floor, ceilings) | power.medians())
+
+
+def run_decode(loaded: LoadedEngine, plan: dict, seed: int, device, ceilings: Ceilings, display: Display, rows: list):
+    """Appends a row for each batch of the plan."""
+    for done, batch in enumerate(plan["batches"]):
+        display.show(f"decode, batch {batch}", len(plan["batches"]), done)
         with machine.PowerLog(device) as power:
-            steady = offline.steady_decode(engine, batch, plan["context"], plan["decode_steps"], seed + batch,
-                                           lambda n, task=task: progress.advance(task, n))  # fmt: skip
-        progress.remove_task(task)
+            steady = offline.steady_decode(loaded.engine, batch, plan["context"], plan["decode_steps"], seed + batch)
         row = {"batch": batch, "context": plan["context"], "mean_context": round(steady.mean_context, 1),
                "steps": len(steady.gaps_s), "ms": median(steady.gaps_s) * 1e3, "mean_ms": fmean(steady.gaps_s) * 1e3,
                "p99_ms": percentile(steady.gaps_s, 99) * 1e3, "tokens_per_s": batch / fmean(steady.gaps_s),
                "preemptions": steady.num_preemptions}  # fmt: skip
-        floor = decode_load(model, width, batch, steady.mean_context)
-        decode.append(row | beside_roofline(row["ms"], floor, ceilings) | power.medians())
-    return {"prefill": prefill, "decode": decode}
+        floor = decode_load(loaded.model_config, loaded.dtype.itemsize, batch, steady.mean_context)
+        rows.append(row | beside_roofline(row["ms"], floor, ceilings) | power.medians())
 
 
 def beside_roofline(ms: float, load: Load, ceilings: Ceilings) -> dict:

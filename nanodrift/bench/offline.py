@@ -14,7 +14,7 @@ from nanodrift.engine import Engine
 from nanodrift.metrics import RequestTimes, summarize
 from nanodrift.request import Request, SamplingParams
 
-Advance = Callable[[int], None]  # told how many units of work are done since it was last called
+Advance = Callable[[int], None]  # told after every step how many requests it finished
 
 
 def quiet(_: int) -> None:
@@ -70,29 +70,26 @@ class SteadyDecode:
     num_preemptions: int
 
 
-def steady_decode(
-    engine: Engine, batch: int, context: int, num_steps: int, seed: int, advance: Advance = quiet
-) -> SteadyDecode:
+def steady_decode(engine: Engine, batch: int, context: int, num_steps: int, seed: int) -> SteadyDecode:
     """Prefills ``batch`` prompts of ``context`` tokens, then times ``num_steps`` steps once every one of them decodes.
 
     Raises ValueError if a request ran out of room before the window was over.
     """
     room = engine.scheduler.max_model_len - context
     requests = add_random(engine, batch, context, room, random.Random(seed))
-    while any(not r.token_s for r in requests):  # the early ones already decode while the last are prefilled
-        engine.step()
-    last = max(requests, key=lambda r: r.token_s[0])
+    while any(not r.token_s for r in requests) and not any(r.is_finished for r in requests):
+        engine.step()  # the early ones already decode while the last are prefilled
+    leader = max(requests, key=lambda r: r.num_tokens)  # will be the first to run out of room
+    last = max(requests, key=lambda r: r.token_s[0] if r.token_s else 0.0)
     skip = 1 + max(2, num_steps // 16)  # the merge itself, and the steps that were launched before it
-    first, num_done = len(last.token_s) - 1 + skip, 0
-    while len(last.token_s) <= first + num_steps:
+    first = len(last.token_s) - 1 + skip
+    while len(last.token_s) <= first + num_steps and not leader.is_finished:
         engine.step()
-        if any(r.is_finished for r in requests):
-            raise ValueError(
-                f"a window of {num_steps} steps at context {context} does not fit the model's {room} tokens"
-            )
-        done = max(0, len(last.token_s) - 1 - first)
-        advance(done - num_done)
-        num_done = done
+    if leader.is_finished:
+        raise ValueError(
+            f"{batch} requests of {context} tokens do not fit {num_steps} steps beside each other: each has room for "
+            f"{room} more tokens, and there are {engine.scheduler.pool.num_blocks} KV blocks"
+        )
     window = slice(first, first + num_steps + 1)
     spread = [r.num_tokens - last.num_tokens for r in requests]  # how far each request is ahead of the last
     mean_context = context + (window.start + num_steps / 2) + sum(spread) / batch
