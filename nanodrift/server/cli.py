@@ -156,7 +156,10 @@ async def _serve(args: argparse.Namespace, config: EngineConfig, listener: socke
         loop.add_signal_handler(number, told_to_stop.set)
     url = _url(args.host, listener)
     if not keys and not _is_loopback(listener.getsockname()[0]):
-        startup.warn(f"{url} can be reached from other machines and no API key is set; set ${KEY_VARIABLE}")
+        startup.warn(
+            f"--host {args.host} can be reached from other machines and no API key is set: anyone there can use the "
+            f"model. Set ${KEY_VARIABLE}."
+        )
     await client.start(args.model, config, engine_command)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(told_to_stop.wait())

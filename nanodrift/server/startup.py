@@ -63,7 +63,7 @@ def lines_to_copy(info: dict, url: str, name: str, needs_key: bool) -> list[tupl
 
 
 def warn(text: str) -> None:
-    Console(stderr=True, highlight=False).print(f"[bold yellow]warning:[/bold yellow] {text}")
+    Console(stderr=True, highlight=False).print(f"[bold yellow]warning:[/bold yellow] {text}", soft_wrap=True)
 
 
 def fail(text: str) -> None:

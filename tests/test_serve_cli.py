@@ -1,0 +1,284 @@
+"""serve.py as a program: its options, what it prints, how it ends; and the embedded model end to end on the CPU.
+
+The embedded model runs in one server for the whole file; how programs end is tried with the null engine.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from nanodrift.config import ConfigError
+from nanodrift.server import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+NULL_ENGINE = (sys.executable, str(ROOT / "tests" / "null_engine.py"))
+PATIENCE_S = 60.0  # to start a program on a busy machine
+EMBEDDED = "nanodrift-storyteller"
+
+
+class Program:
+    """serve.py in a process of its own. ``engine`` options choose the null engine instead of the real one."""
+
+    def __init__(self, *arguments: str, engine: tuple[str, ...] | None = None, **environment: str):
+        command = [sys.executable, str(ROOT / "serve.py")]
+        if engine is not None:
+            code = "import sys; from nanodrift.server.cli import main; sys.exit(main(sys.argv[1:], {!r}))"
+            command = [sys.executable, "-c", code.format([*NULL_ENGINE, *engine])]
+        self.process = subprocess.Popen(
+            [*command, *arguments],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.said = ""
+
+    def wait_url(self) -> str:
+        """Reads stderr up to the address it serves at."""
+        for line in self.process.stderr:
+            self.said += line
+            if found := re.search(r"^  (http://\S+)$", line):
+                return found[1]
+        raise AssertionError(f"it ended with {self.process.wait()} and said: {self.said}")
+
+    def wait(self) -> int:
+        """Its exit status; ``said`` is complete after this, and nothing of it is left running."""
+        out, rest = self.process.communicate(timeout=PATIENCE_S)
+        self.said += rest
+        assert out == ""
+        return self.process.returncode
+
+    def engine_pid(self) -> int:
+        return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0])
+
+    def kill(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+@contextlib.contextmanager
+def program(*arguments, **options):
+    one = Program(*arguments, **options)
+    try:
+        yield one
+    finally:
+        one.kill()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def eventually(condition) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never happened"
+        time.sleep(0.05)
+
+
+# ---- the embedded model --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    with program("--port", "0", "--device", "cpu") as one:
+        one.url = one.wait_url()
+        yield one
+        one.process.send_signal(signal.SIGINT)
+        assert one.wait() == 0
+
+
+@pytest.fixture(scope="module")
+def client(embedded):
+    return openai.OpenAI(base_url=f"{embedded.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
+
+
+def test_the_table_says_what_is_served(embedded):
+    eventually(lambda: httpx.get(f"{embedded.url}/health").status_code == 200)
+    for text in (EMBEDDED, "toy", "cpu", "KV cache", "first token within 2000 ms", "start-up"):
+        assert text in embedded.said
+
+
+def test_embedded_completion(client):
+    options = {"model": EMBEDDED, "prompt": "Once upon a time", "max_tokens": 30}
+    first = client.completions.create(**options, temperature=0)
+    assert first.usage.completion_tokens == 30 and first.choices[0].finish_reason == "length"
+    words = re.findall(r"[A-Za-z']+", first.choices[0].text)
+    assert len(words) >= 10
+    assert client.completions.create(**options, temperature=0).choices[0].text == first.choices[0].text
+    streamed = client.completions.create(**options, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == first.choices[0].text
+    seeded = [client.completions.create(**options, seed=7).choices[0].text for _ in range(2)]
+    assert seeded[0] == seeded[1] != first.choices[0].text
+
+
+def test_embedded_chat(client):
+    options = {"model": EMBEDDED, "messages": [{"role": "user", "content": "Tell me a story about a fox."}]}
+    whole = client.chat.completions.create(**options, temperature=0, max_completion_tokens=200)
+    text = whole.choices[0].message.content
+    assert len(text.split()) >= 10 and "<|" not in text
+    chunks = list(
+        client.chat.completions.create(
+            **options, temperature=0, max_completion_tokens=200, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert chunks[-1].usage == whole.usage
+    cut = client.chat.completions.create(**options, temperature=0, stop=text.split()[5]).choices[0]
+    assert cut.finish_reason == "stop" and text.startswith(cut.message.content)
+    assert text.split()[5] not in cut.message.content
+
+
+def test_embedded_batch_equals_one_by_one(client):
+    prompts = ["Once upon a time", "The bear", "In a small house by the sea there lived"]
+    batch = client.completions.create(model=EMBEDDED, prompt=prompts, max_tokens=12, temperature=0)
+    for prompt, choice in zip(prompts, batch.choices, strict=True):
+        alone = client.completions.create(model=EMBEDDED, prompt=prompt, max_tokens=12, temperature=0)
+        assert choice.text == alone.choices[0].text
+
+
+def test_embedded_frees_what_a_client_leaves(embedded):
+    def gauge(name):
+        text = httpx.get(f"{embedded.url}/metrics").text
+        return float(re.search(rf"^nanodrift:{name}{{.*}} (\S+)$", text, re.MULTILINE)[1])
+
+    for is_stream in (True, False):
+        body = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "stream": is_stream}
+        with contextlib.suppress(httpx.ReadTimeout):
+            with httpx.stream("POST", f"{embedded.url}/v1/completions", json=body, timeout=0.5) as response:
+                next(response.iter_bytes())
+    eventually(lambda: gauge("num_requests_running") == 0 and gauge("kv_cache_usage_perc") == 0)
+    assert gauge("http_requests_client_disconnected_total") == 2
+
+
+# ---- how it ends ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_everything(number):
+    """In the middle of a stream: the stream is told, the status is 0, the engine is gone."""
+    with program("--port", "0", engine=()) as one, ThreadPoolExecutor(1) as pool:
+        url, engine = one.wait_url(), one.engine_pid()
+        body = {"prompt": [7], "max_tokens": 1500, "stream": True}
+        answer = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
+        eventually(lambda: "generation_tokens_total" in httpx.get(f"{url}/metrics").text)
+        eventually(lambda: not re.search(r"generation_tokens_total\S* 0\.0", httpx.get(f"{url}/metrics").text))
+        one.process.send_signal(number)
+        assert one.wait() == 0
+        assert not is_running(engine)
+        assert answer.result().text.endswith("data: [DONE]\n\n") and "shutting down" in answer.result().text
+        assert "Traceback" not in one.said
+
+
+def test_a_signal_while_loading_ends_it():
+    with program("--port", "0", engine=("--load-s", "100")) as one:
+        eventually(lambda: Path(f"/proc/{one.process.pid}/task/{one.process.pid}/children").read_text().strip())
+        engine = one.engine_pid()
+        eventually(lambda: b"null_engine" in Path(f"/proc/{engine}/cmdline").read_bytes())
+        one.process.send_signal(signal.SIGTERM)
+        assert one.wait() == 0 and not is_running(engine) and "Traceback" not in one.said
+
+
+def test_a_killed_engine_is_noticed():
+    with program("--port", "0", engine=()) as one:
+        url = one.wait_url()
+        os.kill(one.engine_pid(), signal.SIGKILL)
+        eventually(lambda: httpx.get(f"{url}/health").status_code == 503)
+        assert one.wait() == 1
+        assert "the engine has died: the engine process was killed by signal 9" in one.said
+        assert "Traceback" not in one.said
+
+
+def test_a_killed_server_leaves_no_engine_behind():
+    with program("--port", "0", engine=("--step-ms", "1000")) as one:
+        url, engine = one.wait_url(), one.engine_pid()
+        with contextlib.suppress(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json={"prompt": [7], "max_tokens": 1000}, timeout=0.2)
+        one.process.kill()
+        eventually(lambda: not is_running(engine))
+
+
+# ---- what it refuses -----------------------------------------------------------------------------------------------
+
+
+def refusal(*arguments, status: int, **options) -> str:
+    """What it says before it ends: one line, no trace."""
+    with program(*arguments, **options) as one:
+        assert one.wait() == status, one.said
+        assert "Traceback" not in one.said
+        (line,) = [line for line in one.said.splitlines() if line.startswith("serve.py: ")]
+        return line
+
+
+def test_a_port_in_use_is_said_before_anything_loads():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        started_s = time.monotonic()
+        line = refusal("--port", str(port), engine=("--load-s", "100"), status=2)
+        assert f"127.0.0.1 port {port}" in line and "another port" in line
+        assert time.monotonic() - started_s < 90
+
+
+def test_what_the_engine_cannot_load_is_one_paragraph(tmp_path):
+    assert "no such thing" in refusal("--port", "0", engine=("--fail", "no such\nthing"), status=1)
+    assert "'no-such-model'" in refusal("--port", "0", "--model", "no-such-model", status=1)
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in refusal("--port", "0", "--device", "cuda", status=1)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
+        (["--device", "tpu"], "device must be"),
+        (["--slo-tbt-ms", "-1"], "an SLO must be positive"),
+        (["--gpu-memory-utilization", "7"], "memory_fraction must lie"),
+        (["--port", "70000"], "--port must lie"),
+        (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
+    ],
+)
+def test_settings_are_checked_first(arguments, message, capsys):
+    assert cli.main(["--port", "0", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_become_the_engines_settings(monkeypatch):
+    arguments = "--max-model-len 512 --gpu-memory-utilization 0.5 --deterministic --slo-tbt-ms 20 --dtype float16"
+    config = cli.engine_config(cli.parse(arguments.split()))
+    assert (config.max_model_len, config.memory_fraction, config.deterministic) == (512, 0.5, True)
+    assert (config.slo.tbt_ms, config.slo.ttft_ms, config.dtype, config.max_num_seqs) == (20, 2000, "float16", 256)
+    with pytest.raises(ConfigError, match="load_format"):
+        cli.engine_config(cli.parse(["--load-format", "pickle"]))
+    with pytest.raises(SystemExit):
+        cli.parse(["--no-such-flag"])
+    monkeypatch.setenv(cli.KEY_VARIABLE, "one, two,")
+    assert cli.api_keys(cli.parse(["--api-key", "zero"])) == ("zero", "one", "two")
+
+
+def test_an_open_address_without_a_key_is_warned_of():
+    with program("--port", "0", "--host", "0.0.0.0", engine=()) as one:
+        one.wait_url()
+        assert "warning" in one.said and "no API key" in one.said
+    with program("--port", "0", "--host", "0.0.0.0", engine=(), **{cli.KEY_VARIABLE: "secret"}) as one:
+        url = one.wait_url()
+        assert "warning" not in one.said and "secret" not in one.said
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
