@@ -9,8 +9,8 @@ index order, so the same inputs always give the same bits.
 
 Cost (bf16): rmsnorm moves 4 T C bytes; add_rmsnorm moves (6 + 4 S) T C with fp32 partials, 8 T C with one bf16 partial;
 a few FLOPs per element, so the memory system is the only limit.
-Map: program p takes rows p, p + P, p + 2P, ...; a whole row and the weight stay in registers. P is the number of rows, at
-most 64 ``num_sms``, so a partition of the chip gets a grid of its own size.
+Map: program p takes rows p, p + P, p + 2P, ...; a whole row and the weight stay in registers. P is the number of rows,
+at most 64 ``num_sms``, so a partition of the chip gets a grid of its own size.
 
 Knows nothing about models or where x came from. Tests: ``pytest tests/test_kernels_small.py``.
 """
