@@ -102,7 +102,7 @@ def throughput_table(*runs: dict) -> str:
 def conditions(*runs: dict) -> str:
     lines = []
     for run in runs:
-        where = f"{run['gpu']}, driver {run['driver']}" if run["gpu"] else f"{run['cpu']}, {run['num_threads']} threads"
+        where = f"{run['gpu']}, driver {run['driver']}" if run["gpu"] else f"{run['cpu']}, {run['num_threads']} used"
         tools = f"torch {run['torch']}, triton {run['triton']}"
         lines.append(
             f"- {where}; {tools}; commit {run['git']}; `python bench.py {' '.join(run['argv'])}`".rstrip() + "\n"
