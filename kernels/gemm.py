@@ -41,8 +41,11 @@ def _map_tile(tile, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _finish_tile(acc, row, column, out_desc, residual_desc):
-    """Add the residual to an accumulator tile, round it and store it. Rows and columns beyond the edge are dropped."""
+def _finish_tile(acc, row, column, N, bias_ptr, residual_desc, out_desc, WIDTH: tl.constexpr):
+    """Add bias and residual to an accumulator tile, round it and store it. What lies beyond the edge is dropped."""
+    if bias_ptr is not None:
+        columns = column + tl.arange(0, WIDTH)  # [WIDTH]
+        acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if residual_desc is not None:
         acc += residual_desc.load([row, column]).to(tl.float32)
     out_desc.store([row, column], acc.to(out_desc.dtype))
@@ -52,6 +55,7 @@ def _finish_tile(acc, row, column, out_desc, residual_desc):
 def _gemm_kernel(
     x_desc,
     w_desc,
+    w_tail_desc,
     out_desc,
     residual_desc,
     bias_ptr,
@@ -60,43 +64,50 @@ def _gemm_kernel(
     K,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr,
+    STORE_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    EPILOGUE_PARTS: tl.constexpr,
 ):
-    # map program: this program's share of the tiles
+    # map program: this program's share of the tiles, BLOCK_N + TAIL_N columns wide
     num_tiles_m = tl.cdiv(M, BLOCK_M)
-    num_tiles_n = tl.cdiv(N, BLOCK_N)
+    num_tiles_n = tl.cdiv(N, BLOCK_N + TAIL_N)
     num_blocks_k = tl.cdiv(K, BLOCK_K)
-    # flatten joins the tile loop and the k loop, so the next tile's loads run under this tile's epilogue
-    for tile in tl.range(tl.program_id(0), num_tiles_m * num_tiles_n, tl.num_programs(0), flatten=True):
+    # flatten joins the tile loop and the k loop, so the next tile's loads run under this tile's epilogue. With a second
+    # accumulator it must be off: clearing two of them in one loop makes the compiler wait for every single wgmma.
+    for tile in tl.range(tl.program_id(0), num_tiles_m * num_tiles_n, tl.num_programs(0), flatten=TAIL_N == 0):
         tile_m, tile_n = _map_tile(tile, num_tiles_m, num_tiles_n, GROUP_M)
         row = tile_m * BLOCK_M
-        column = tile_n * BLOCK_N
+        column = tile_n * (BLOCK_N + TAIL_N)
 
         # load and compute; what lies beyond M, N or K arrives as zeros
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
+        if TAIL_N > 0:
+            tail = tl.zeros([BLOCK_M, TAIL_N], tl.float32)  # [BLOCK_M, TAIL_N]
         for k in range(num_blocks_k):
             x_tile = x_desc.load([row, k * BLOCK_K])  # [BLOCK_M, BLOCK_K]
             w_tile = w_desc.load([column, k * BLOCK_K])  # [BLOCK_N, BLOCK_K]
             acc = tl.dot(x_tile, w_tile.T, acc)
-        if bias_ptr is not None:
-            columns = column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-            acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+            if TAIL_N > 0:
+                w_tail = w_tail_desc.load([column + BLOCK_N, k * BLOCK_K])  # [TAIL_N, BLOCK_K]
+                tail = tl.dot(x_tile, w_tail.T, tail)
 
-        # store; in two parts the staging buffer is half as large and leaves room for one more pipeline stage
-        if EPILOGUE_PARTS == 2:
-            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(halves)  # [BLOCK_M, BLOCK_N / 2] each
-            _finish_tile(left, row, column, out_desc, residual_desc)
-            _finish_tile(right, row, column + BLOCK_N // 2, out_desc, residual_desc)
+        # store, STORE_N columns at a time: a small staging buffer leaves room for one more pipeline stage
+        if STORE_N < BLOCK_N:
+            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, STORE_N)), (0, 2, 1))  # [BLOCK_M, STORE_N, 2]
+            left, right = tl.split(halves)  # [BLOCK_M, STORE_N] each
+            _finish_tile(left, row, column, N, bias_ptr, residual_desc, out_desc, STORE_N)
+            _finish_tile(right, row, column + STORE_N, N, bias_ptr, residual_desc, out_desc, STORE_N)
         else:
-            _finish_tile(acc, row, column, out_desc, residual_desc)
+            _finish_tile(acc, row, column, N, bias_ptr, residual_desc, out_desc, STORE_N)
+        if TAIL_N > 0:
+            _finish_tile(tail, row, column + BLOCK_N, N, bias_ptr, residual_desc, out_desc, STORE_N)
 
 
 class Tile(NamedTuple):
     """Shape of one program's output tile, how it is pipelined, how many programs share an SM.
 
+    block_n is a power of two, or one and a half times one. epilogue_parts: column parts in which the tile is stored.
     cost: time that a full wave of such tiles takes, relative to the first tile of its table (H200, K = 4096).
     """
 
@@ -113,9 +124,10 @@ class Tile(NamedTuple):
 TILES = (
     Tile(128, 256, 64, 8, 4, 2, 1.00),
     Tile(64, 256, 64, 4, 4, 1, 0.54),
+    Tile(64, 192, 64, 4, 6, 3, 0.43),
     Tile(64, 128, 128, 4, 4, 1, 0.295),
 )
-DETERMINISTIC_TILE = TILES[2]
+DETERMINISTIC_TILE = TILES[3]
 GROUP_M = 8
 SHARED_BYTES = 232448 - 1024  # of one SM of compute capability 9.0, less room for barriers
 
@@ -173,9 +185,12 @@ def gemm(x, w, *, bias=None, residual=None, out=None, num_sms, deterministic=Fal
     stage_bytes = (block_m + block_n) * block_k * x.element_size()
     num_stages = max(2, min(max_stages, (SHARED_BYTES - staging_bytes) // stage_bytes))
     num_tiles = ceil_div(M, block_m) * ceil_div(N, block_n)
+    main_n = 1 << (block_n.bit_length() - 1)  # the power of two in block_n; what is left is the tail
+    tail_n = block_n - main_n
     _gemm_kernel[(min(num_sms * programs_per_sm, num_tiles),)](
         descriptor(x, block_m, block_k),
-        descriptor(w, block_n, block_k),
+        descriptor(w, main_n, block_k),
+        descriptor(w, tail_n, block_k) if tail_n else None,
         descriptor(out, block_m, store_n),
         None if residual is None else descriptor(residual, block_m, store_n),
         bias,
@@ -183,10 +198,11 @@ def gemm(x, w, *, bias=None, residual=None, out=None, num_sms, deterministic=Fal
         N,
         K,
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_N=main_n,
+        TAIL_N=tail_n,
+        STORE_N=store_n,
         BLOCK_K=block_k,
         GROUP_M=GROUP_M,
-        EPILOGUE_PARTS=epilogue_parts,
         num_warps=num_warps,
         num_stages=num_stages,
     )

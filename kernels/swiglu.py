@@ -88,7 +88,7 @@ def _swiglu_skinny_kernel(
     num_tiles_m = tl.cdiv(M, BLOCK_M)
     num_tiles_n = tl.cdiv(width, BLOCK_N)
     num_blocks_k = tl.cdiv(K, BLOCK_K)
-    # not flattened, because of the two accumulators: see above
+    # two accumulators, so not flattened: see above
     for unit in range(tl.program_id(0), num_tiles_m * num_tiles_n, tl.num_programs(0)):
         row = (unit % num_tiles_m) * BLOCK_M
         column = (unit // num_tiles_m) * BLOCK_N
