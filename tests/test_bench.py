@@ -171,8 +171,10 @@ def test_mistakes_end_with_a_sentence(capsys):
     assert cli.main(["throughput", "--device", "cpu", "--model", "/no/such/folder"]) == 2
     assert cli.main(["--dtype", "fp4"]) == 2
     assert cli.main(["latency", "--device", "cpu", "--prefill", "many"]) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["--metadata", "git"])
     out, err = capsys.readouterr()
-    assert out == "" and err.count("bench.py:") == 3 and "Traceback" not in err
+    assert out == "" and err.count("bench.py:") == 4 and "Traceback" not in err and "expected KEY=VALUE" in err
 
 
 def test_what_was_measured_before_an_error_is_kept(capsys):

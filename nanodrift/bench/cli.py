@@ -47,7 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--model", help="alias, hub id or folder; default: the embedded model")
     common.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here")
     common.add_argument("--label", help="a name for this run, stored in the JSON")
-    common.add_argument("--metadata", nargs="+", metavar="KEY=VALUE", help="stored in the JSON as they are")
+    common.add_argument(
+        "--metadata", nargs="+", type=key_value, metavar="KEY=VALUE", help="stored in the JSON as they are"
+    )
     engine = common.add_argument_group("engine")
     for field in fields(EngineConfig):
         if field.name != "slo":
@@ -72,6 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
     check = modes.add_parser("tables", help="README.md from results/")
     check.add_argument("--check", action="store_true", help="change nothing; fail if README.md is out of date")
     return parser
+
+
+def key_value(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    return key, value
 
 
 def add_engine_option(group, field) -> None:
@@ -105,7 +114,6 @@ def measure(mode: str, options: dict, console: Console) -> dict:
     """Loads the engine, runs one mode and returns the result; prints tables on the way."""
     names = {field.name for field in fields(EngineConfig)}
     config = EngineConfig.from_options(**{k: v for k, v in options.items() if k in names})
-    metadata = dict(pair.split("=", 1) for pair in options.get("metadata", ()))
     device = resolve_device(config.device)
     with Display(console) as display:
         loaded, ceilings, ceiling_figures = load(options.get("model"), config, device, display)
@@ -140,7 +148,7 @@ def measure(mode: str, options: dict, console: Console) -> dict:
     show(result, console)
     if "error" in result:
         console.print(f"[red]bench.py: stopped early:[/] {result['error']}", highlight=False)
-    return result | metadata
+    return result | dict(options.get("metadata", ()))
 
 
 class Display:
