@@ -151,10 +151,10 @@ def _pair_descriptor(w, block_rows, block_columns):
 def gemm_swiglu(x, w, *, out=None, num_sms, deterministic=False, tile=None):
     """``silu(x @ gate.T) * (x @ up.T)`` -> [M, I], fp32 sums, rounded once.
 
-    x [M, K]; w [2I, K], I gate rows, then I up rows; out [M, I]; all of one dtype (bf16 or fp16 on a GPU: the tiles'
-    rings leave no room to stage wider results). Any M >= 1; I and K multiples of 16; rows contiguous and 16-byte aligned
-    (else ValueError). num_sms: SM count of the stream's partition. deterministic: the persistent kernel with one tile
-    shape whatever M and num_sms.
+    x [M, K]; w [2I, K], I gate rows, then I up rows; out [M, I]; all of one dtype (bf16 or fp16 on a GPU: the rings of
+    the tiles leave no room to stage wider results). Any M >= 1; I and K multiples of 16; rows contiguous and 16-byte
+    aligned (else ValueError). num_sms: SM count of the stream's partition. deterministic: the persistent kernel with
+    one tile shape whatever M and num_sms.
     tile: a Tile (persistent) or SkinnyTile to use instead of the choice by M, for tuning and warm-up.
     """
     M, K = x.shape
