@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from nanodrift import __version__
 from nanodrift.config import SLO
@@ -34,6 +34,15 @@ from nanodrift.server.replies import EventReply, JsonReply, error_response
 from nanodrift.server.telemetry import Telemetry
 from nanodrift.tokenizer import ChatError, Tokenizer
 
+ERRORS = {
+    400: "the request is not valid, or asks for what this server does not do",
+    401: "no valid API key",
+    404: "no such model or path",
+    413: "the body is too large",
+    415: "the body is not JSON",
+    500: "the engine died, or a bug",
+    503: "not ready",
+}
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -68,12 +77,18 @@ class Served:
 
 
 def build_app(served: Served) -> Guard:
-    app = FastAPI(title="nanodrift", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="nanodrift",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses={status: {"description": text} for status, text in ERRORS.items()},
+    )
     client, telemetry = served.client, served.telemetry
     created = int(time.time())
 
     def card(name: str) -> dict:
-        length = client.info.get("max_model_len")
         return {
             "id": name,
             "object": "model",
@@ -81,7 +96,7 @@ def build_app(served: Served) -> Guard:
             "owned_by": "nanodrift",
             "root": served.root or name,
             "parent": None,
-            "max_model_len": length,
+            "max_model_len": client.info.get("max_model_len"),
         }
 
     @app.get("/health")
@@ -94,7 +109,7 @@ def build_app(served: Served) -> Guard:
     async def get_version() -> Response:
         return JSONResponse({"version": __version__})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(telemetry.render(client.stats), media_type=METRICS_TYPE)
 

@@ -122,9 +122,10 @@ def _load(model: str | None, config: EngineConfig, report):
 
     loaded = load_engine(model, config, report)
     model_config, kv_tokens = loaded.model_config, loaded.num_kv_tokens
+    made_up = ", made-up weights" if config.load_format == "dummy" else ""
     info = {
         "folder": str(loaded.folder),
-        "description": f"{model_config.architecture}, {model_config.num_parameters / 1e6:,.0f}M parameters",
+        "description": f"{model_config.architecture}, {model_config.num_parameters / 1e6:,.0f}M parameters{made_up}",
         "is_embedded": loaded.folder == hub.EMBEDDED,
         "has_tokenizer": loaded.tokenizer is not None,
         "eos_token_ids": list(model_config.eos_token_ids),

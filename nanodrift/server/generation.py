@@ -88,7 +88,11 @@ class Generation:
         options = self._body.stream_options
         has_usage = bool(options and options.include_usage)
         is_continuous = has_usage and bool(options.continuous_usage_stats)
-        head = {"id": self.request_id, "object": self._shape.chunk} | self._head
+        head = _json({"id": self.request_id, "object": self._shape.chunk} | self._head)
+
+        def counted(counts: dict | None) -> str:
+            return f',"usage":{_json(counts)}' if has_usage else ""
+
         async with aclosing(self._merged()) as pieces:
             async for index, piece in pieces:
                 if not (piece.text or piece.is_first or piece.finish_reason or is_continuous):
@@ -97,12 +101,9 @@ class Generation:
                     index, piece.text, piece.is_first, piece.finish_reason, piece.stop_reason
                 )
                 for choice in chunks:
-                    chunk = head | {"choices": [choice]}
-                    if has_usage:
-                        chunk["usage"] = self._usage() if is_continuous else None
-                    yield _event(chunk)
+                    yield _event(head, [choice], counted(self._usage() if is_continuous else None))
         if has_usage:
-            yield _event(head | {"choices": [], "usage": self._usage()})
+            yield _event(head, [], counted(self._usage()))
         yield DONE
 
     def _usage(self) -> dict:
@@ -191,5 +192,10 @@ class Generation:
         return shown
 
 
-def _event(content: dict) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def _json(content) -> str:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+
+
+def _event(head: str, choices: list[dict], tail: str) -> str:
+    """One chunk: ``head`` is the JSON object that all chunks of an answer begin with, ``tail`` what follows choices."""
+    return f'data: {head[:-1]},"choices":{_json(choices)}{tail}}}\n\n'
