@@ -13,6 +13,7 @@ prints JSON, or a table with --table. A new kernel goes into ``launches`` below;
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -37,6 +38,12 @@ MUST_CONTAIN = {
     "_swiglu_skinny_kernel": (WGMMA, TMA),
     "_attn_prefill_kernel": (WGMMA,),
 }
+
+
+def shipped_tiles(module) -> list:
+    """Every tile in the module's own tables: whatever a tuple of tiles holds, each once."""
+    tables = [table for table in vars(module).values() if isinstance(table, tuple)]
+    return list(dict.fromkeys(tile for table in tables for tile in table if hasattr(tile, "block_m")))
 
 
 def launches(num_sms: int, every: bool):
@@ -123,28 +130,28 @@ def launches(num_sms: int, every: bool):
         cases.append((f"attn_prefill {shape}", attention_case("prefill", heads, kv_heads, head_dim)))
         cases.append((f"attn_decode {shape}", attention_case("decode", heads, kv_heads, head_dim)))
 
-    def gemm_case(tile, residual, bias, out):
+    def gemm_case(tile, residual=False, bias=False, out_dtype=bf16):
+        num_tokens = max(2 * tile.block_m, 256)
+        out = torch.empty((num_tokens, 4096), dtype=out_dtype)
         return lambda: gemm.gemm(
-            half(2048, 4096), half(4096, 4096), residual=residual, bias=bias, out=out, num_sms=num_sms, tile=tile
-        )
+            half(num_tokens, 4096), half(4096, 4096), residual=out if residual else None,
+            bias=half(4096) if bias else None, out=out, num_sms=num_sms, tile=tile,
+        )  # fmt: skip
 
-    for tile in gemm.TILES:
-        shape = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
-        y = half(2048, 4096)
-        cases.append((f"gemm {shape}", gemm_case(tile, None, None, None)))
-        cases.append((f"gemm {shape} residual", gemm_case(tile, y, None, y)))
-        cases.append((f"gemm {shape} bias", gemm_case(tile, None, half(4096), None)))
-        cases.append((f"gemm {shape} fp32 out", gemm_case(tile, None, None, wide(2048, 4096))))
-    for tile in gemm_skinny.TILES:
+    for tile in shipped_tiles(gemm):
+        cases.append((f"gemm {tile[:6]}", gemm_case(tile)))
+        cases.append((f"gemm residual {tile[:6]}", gemm_case(tile, residual=True)))
+        cases.append((f"gemm bias {tile[:6]}", gemm_case(tile, bias=True)))
+        cases.append((f"gemm fp32 {tile[:6]}", gemm_case(tile, out_dtype=torch.float32)))
+    for tile in shipped_tiles(gemm_skinny):
         for bias in (None, half(6144)):
-            name = f"gemm_skinny {tile.block_m}x{tile.block_n}x{tile.block_k}{'' if bias is None else ' bias'}"
-            cases.append((name, lambda tile=tile, bias=bias: gemm_skinny.gemm_skinny(
-                half(tile.block_m, 4096), half(6144, 4096), bias=bias, num_sms=num_sms, tile=tile,
+            cases.append((f"gemm_skinny {'' if bias is None else 'bias '}{tile[:6]}", functools.partial(
+                gemm_skinny.gemm_skinny, half(tile.block_m, 4096), half(6144, 4096), bias=bias, num_sms=num_sms,
+                num_splits=2, tile=tile,
             )))  # fmt: skip
-    for tile in (*swiglu.TILES, *swiglu.SKINNY_TILES):
-        name = f"gemm_swiglu {type(tile).__name__} {tile.block_m}x{tile.block_n}x{tile.block_k}"
-        cases.append((name, lambda tile=tile: swiglu.gemm_swiglu(
-            half(tile.block_m, 4096), half(28672, 4096), num_sms=num_sms, tile=tile,
+    for tile in shipped_tiles(swiglu):
+        cases.append((f"gemm_swiglu {tile[:6]}", functools.partial(
+            swiglu.gemm_swiglu, half(tile.block_m, 4096), half(28672, 4096), num_sms=num_sms, tile=tile,
         )))  # fmt: skip
     return cases
 
