@@ -8,6 +8,7 @@ in the middle of loading. Knows nothing about HTTP or text.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import select
@@ -34,7 +35,7 @@ def run(fd: int, load) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the HTTP process, which then closes the pair
     sock = socket.socket(fileno=fd)
     threading.Thread(target=_die_with, args=(fd,), daemon=True).start()
-    link = FrameLink(sock)
+    link, is_loading = FrameLink(sock), True
     try:
         messages = link.receive(None)
         while not messages:
@@ -46,19 +47,21 @@ def run(fd: int, load) -> int:
         gc.collect()
         gc.freeze()  # what start-up made stays: the collector need not walk it again
         link.send(["ready", info])
+        is_loading = False
         try:
             _loop(link, engine, messages)
         finally:
             engine.close()
-    except (EOFError, ConnectionError):
+    except EOFError:
         return 0
     except Exception as error:
-        if not _is_plain(error):
+        is_plain = is_loading and _is_plain(error)
+        if not is_plain:
             traceback.print_exc()
-        link.send(["error", _describe(error)])
-        link.flush()
+        with contextlib.suppress(OSError, EOFError):
+            link.send(["error", str(error) if is_plain else f"{type(error).__name__}: {error}"])
+            link.flush()
         return 1
-    return 0
 
 
 def _loop(link: FrameLink, engine, messages: list[list]) -> None:
@@ -108,12 +111,8 @@ def _die_with(fd: int) -> None:
 
 
 def _is_plain(error: Exception) -> bool:
-    """True for errors whose text says it all; of the others a trace goes to stderr."""
+    """True for errors of loading whose text says it all; of the others a trace goes to stderr."""
     return isinstance(error, ValueError | OSError) or type(error).__name__ == "OutOfMemoryError"
-
-
-def _describe(error: Exception) -> str:
-    return str(error) if _is_plain(error) else f"{type(error).__name__}: {error}"
 
 
 def _load(model: str | None, config: EngineConfig, report):

@@ -63,7 +63,7 @@ class FrameLink:
         self._unsent = bytearray()
 
     def send(self, message: list) -> None:
-        """Queues a message and sends what the socket takes; a slow reader never holds up the engine."""
+        """Queues a message, sends what the socket takes; a slow reader does not hold up the engine. Raises EOFError."""
         self._unsent += encode(message)
         self._send_some()
 
@@ -79,6 +79,8 @@ class FrameLink:
             data = self._sock.recv(READ_BYTES)
         except BlockingIOError:
             return []
+        except ConnectionError:
+            data = b""
         if not data:
             raise EOFError("the HTTP process has closed its end")
         return self._decoder.feed(data)
@@ -96,4 +98,6 @@ class FrameLink:
             num_sent = self._sock.send(self._unsent)
         except BlockingIOError:
             return
+        except ConnectionError as error:
+            raise EOFError("the HTTP process has closed its end") from error
         del self._unsent[:num_sent]
