@@ -1,16 +1,20 @@
 """Makes the embedded default model: invents a corpus of little stories, trains a tokenizer and a tiny Llama on it.
 
-The result is an ordinary hub folder (config.json, generation_config.json, tokenizer.json, tokenizer_config.json,
-model.safetensors) that transformers and nanodrift's own loader both take. Nothing is downloaded: every word the model
-ever sees comes from the grammar below, so a seed fixes the corpus to the last byte.
+The result is an ordinary hub folder that transformers and nanodrift's own loader both take: tokenizer.json and
+model.safetensors are made here, config.json and the other small files are written by hand and copied. Nothing is
+downloaded: every word the model ever sees comes out of grammar.txt, and a seed fixes the corpus to the last byte.
 
 Why the stories look as they do: names, things and places from the opening come back at the end, and chats ask for them
 again much later. A model that reads a wrong cache block forgets the name, so an engine's mistake shows in the text.
 
 It refuses to know the engine: nothing here imports nanodrift, and nanodrift never imports this file. Run it with
 
-    python nanodrift/embedded/make.py --device cuda --compile --out DIR      # the weights in the package
+    python nanodrift/embedded/make.py --device cuda --compile --out DIR      # how the weights of the package were made
     python nanodrift/embedded/make.py --steps 20 --batch 2 --out /tmp/tiny   # a rehearsal on a CPU
+
+The weights of the package took 175 s on one H200 with 16 CPU cores: 40 s for the corpus (197 million tokens), 135 s for
+8,000 steps of 65,536 tokens; the loss over the last 20 steps was 0.2780 nats a token. The rehearsal takes about a
+minute on two CPU cores.
 """
 
 import argparse
@@ -21,6 +25,7 @@ import os
 import random
 import re
 import time
+import zlib
 from array import array
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -28,58 +33,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import track
 from safetensors.torch import save as serialize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 
 SPECIALS = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]  # their places are their ids
-PAD, BOS, END, SYSTEM, USER, ASSISTANT = range(len(SPECIALS))
-CONTEXT = 2048
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 2048,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "max_position_embeddings": CONTEXT,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "bos_token_id": BOS,
-    "eos_token_id": END,
-    "pad_token_id": PAD,
-}
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% set role = 'system' if message.role == 'developer' else message.role %}"
-    "{% if role not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('this model knows the roles system, user and assistant') }}"
-    "{% endif %}"
-    "{{ '<|' + role + '|>' }}"
-    "{% if message.content is string %}{{ message.content | trim }}"
-    "{% else %}{% for part in message.content or [] %}{{ part.text | default('') | trim }}{% endfor %}{% endif %}"
-    "{{ '<|end|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
+PAD, BOS, END = range(3)
+HERE = Path(__file__).parent
+WRITTEN = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")  # by hand, not here
+CONFIG = json.loads((HERE / "config.json").read_text())
+CONTEXT = CONFIG["max_position_embeddings"]
+CAUTION = 1.25  # the last norm is scaled by this: sampling at temperature 1 then is as careful as at 0.8 without it
 
 
 def read_grammar() -> dict[str, str]:
     """The sections of grammar.txt by name."""
-    parts = re.split(r"^== (.*)\n", (Path(__file__).parent / "grammar.txt").read_text(encoding="utf-8"), flags=re.M)
+    parts = re.split(r"^== (.*)\n", (HERE / "grammar.txt").read_text(encoding="utf-8"), flags=re.M)
     return {name: text.strip() for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
@@ -91,15 +61,15 @@ def read_pairs(text: str, mark: str) -> dict[str, str]:
 GRAMMAR = read_grammar()
 LISTS = {name: [re.sub(r"\s+", " ", part).strip() for part in text.split(",")] for name, text in GRAMMAR.items()}
 PLOTS = {name.removeprefix("plot: "): text for name, text in GRAMMAR.items() if name.startswith("plot: ")}
-HOMES, TALK, RECALL = (
-    read_pairs(GRAMMAR[name], mark) for name, mark in (("homes", "="), ("talk", "\n>"), ("recall", "\n>"))
-)
+HOMES = read_pairs(GRAMMAR["homes"], "=")  # where the hero lives -> how that place is called later
+TALK, RECALL = (read_pairs(GRAMMAR[name], "\n>") for name in ("talk", "recall"))  # what one says -> the answer
 OPENINGS, ODD, FOREIGN = (GRAMMAR[name].split("\n") for name in ("openings", "odd", "foreign"))
+NOISES = ["abcdefghijklmnopqrstuvwxyz", "asdfjkl;?!#%&/()", "0123456789.,", "äöüßéèñçλπжщ漢字🙂🎉🚀"]
 MACRO = re.compile(r"\b(" + "|".join(sorted(filter(str.isupper, GRAMMAR), key=len, reverse=True)) + r")\b")
 
 
 def spin(rng: random.Random, text: str) -> str:
-    """Put sections for words in capitals, then resolve every ``[a|b|c]``, innermost first, each by one draw from ``rng``."""
+    """Put sections for words in capitals, then resolve every ``[a|b|c]``, innermost first, by one draw each."""
     while (longer := MACRO.sub(lambda m: GRAMMAR[m[1]], text)) != text:
         text = longer
     while (plain := re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), text)) != text:
@@ -109,56 +79,44 @@ def spin(rng: random.Random, text: str) -> str:
 
 def invented_name(rng: random.Random) -> str:
     """A name no list holds, so that the model must copy names rather than know them."""
-    parts = [
-        rng.choice("b d f g h j k l m n p r s t v w z th sh br kr tr".split()) + rng.choice("aeiouy") for _ in "12"
-    ]
-    return (
-        "".join(parts[: rng.choice((1, 2, 2))]) + rng.choice(["", "n", "x", "lla", "rik", "mo", "ss", "la"])
-    ).title()
+    if rng.random() < 0.1:
+        return rng.choice(LISTS["things"]).capitalize()
+    syllables = range(rng.choice((1, 1, 1, 2)))
+    parts = [rng.choice(LISTS["vowels"]) + rng.choice(LISTS["consonants"]) for _ in syllables]
+    return "".join([rng.choice(LISTS["name starts"]), *parts, rng.choice(LISTS["name ends"])]).capitalize()
 
 
-def being(rng: random.Random, kind: str = "", name: str = "") -> tuple[str, str, bool]:
-    """A kind, a name and whether it is a she; whatever is given is kept."""
-    kind = kind or rng.choice(
-        LISTS["animals"] if rng.random() < 0.7 else LISTS["women"] + LISTS["men"] + LISTS["anyone"]
-    )
-    known = {True: name in LISTS["girls"], False: name in LISTS["boys"]}
-    is_she = kind in LISTS["women"] or (
-        kind not in LISTS["men"] and (known[True] or (not known[False] and rng.random() < 0.5))
-    )
-    name = name or (
-        invented_name(rng) if rng.random() < 0.25 else rng.choice(LISTS["girls"] if is_she else LISTS["boys"])
-    )
-    return kind, name, is_she
+def pick(rng: random.Random, options: list[str], kind: str) -> str:
+    """Any of ``options``, but each kind of hero has a favorite: so also a greedy reader gets different stories."""
+    return options[zlib.crc32(kind.encode()) % len(options)] if rng.random() < 0.3 else rng.choice(options)
 
 
-def world(rng: random.Random, **given: str) -> dict[str, str]:
-    """All fields a story may name. ``given`` fixes some of them: k, N, fk, P, thing, plot."""
-    kind, name, is_she = being(rng, given.get("k", ""), given.get("N", ""))
+def being(rng: random.Random, kind: str = "", name: str = "", is_plain: bool = False) -> tuple[str, str, bool]:
+    """A kind, a name and whether it is a she. What is given is kept; a plain being is nothing odd or invented."""
+    groups, weights = ("animals", "people", "oddities", "invented"), (16, 7, 0, 0) if is_plain else (16, 7, 3, 0.6)
+    group = rng.choices(groups, weights)[0]
+    people = LISTS["women"] + LISTS["men"] + LISTS["anyone"]
+    if not kind:
+        kind = invented_name(rng).lower() if group == "invented" else rng.choice((LISTS | {"people": people})[group])
+    name = name or (invented_name(rng) if rng.random() < 0.35 and not is_plain else "")
+    sounds_she = name in LISTS["girls"] or (name.endswith(tuple("aehy")) and name not in LISTS["boys"])
+    is_she = kind in LISTS["women"] or (kind not in LISTS["men"] and (sounds_she if name else rng.random() < 0.5))
+    return kind, name or pick(rng, LISTS["girls" if is_she else "boys"], kind), is_she
+
+
+def world(rng: random.Random, is_plain: bool = False, **given: str) -> dict[str, str]:
+    """All fields a story may name. ``given`` fixes some of them: k, N, fk, F, P, thing, plot."""
+    kind, name, is_she = being(rng, given.get("k", ""), given.get("N", ""), is_plain)
     while True:  # mostly a friend of the other pronoun: then no "she" has two meanings
-        friend_kind, friend, friend_is_she = being(rng, given.get("fk", ""))
+        friend_kind = given.get("fk", "") or (pick(rng, LISTS["animals"], kind[::-1]) if rng.random() < 0.3 else "")
+        friend_kind, friend, friend_is_she = being(rng, friend_kind, given.get("F", ""), is_plain)
         if friend != name and friend_kind != kind and (friend_is_she != is_she or rng.random() < 0.15):
             break
-    w = {
-        "k": kind,
-        "N": name,
-        "fk": friend_kind,
-        "F": friend,
-        "t": rng.choice(LISTS["traits"]),
-        "ft": rng.choice(LISTS["traits"]),
-    }
-    w |= {
-        "P": rng.choice(list(HOMES)),
-        "W": rng.choice(LISTS["ways"]),
-        "thing": f"{rng.choice(LISTS['colors'])} {rng.choice(LISTS['things'])}",
-    }
-    w |= {
-        "spot": rng.choice(LISTS["spots"]),
-        "love": rng.choice(LISTS["likings"]),
-        "food": rng.choice(LISTS["foods"]),
-        "skill": rng.choice(LISTS["skills"]),
-    }
-    w |= {"plot": rng.choice(list(PLOTS))} | given
+    w = {"k": kind, "N": name, "fk": friend_kind, "F": friend}
+    fields = {"t": "traits", "W": "ways", "spot": "spots", "love": "likings", "food": "foods", "skill": "skills"}
+    w |= {field: pick(rng, LISTS[group], kind) for field, group in fields.items()} | {"ft": rng.choice(LISTS["traits"])}
+    w |= {"P": pick(rng, list(HOMES), kind), "plot": pick(rng, list(PLOTS), kind)}
+    w |= {"thing": f"{rng.choice(LISTS['colors'])} {pick(rng, LISTS['things'], kind)}"} | given
     for prefix, she in (("", is_she), ("f", friend_is_she)):
         words = "she her her herself" if she else "he him his himself"
         w |= dict(zip((prefix + f for f in ("he", "him", "his", "himself")), words.split(), strict=True))
@@ -167,7 +125,7 @@ def world(rng: random.Random, **given: str) -> dict[str, str]:
 
 
 def tell(rng: random.Random, text: str, w: dict[str, str]) -> str:
-    """Fill a piece of the grammar with the world ``w``; one paragraph a blank line, "a" or "an" as the next word asks."""
+    """Fill a piece of the grammar with the world ``w``; "a" becomes "an" where the next word asks for it."""
     text = spin(rng, text).format_map(w)
     text = "\n\n".join(re.sub(r"\s+", " ", paragraph).strip() for paragraph in text.strip().split("\n\n"))
     return re.sub(r"\b([Aa]) (?=[aeiouAEIOU])(?!uni|use|one)", r"\1n ", text)
@@ -176,50 +134,43 @@ def tell(rng: random.Random, text: str, w: dict[str, str]) -> str:
 def story(rng: random.Random, w: dict[str, str], short: bool = False) -> str:
     """One story in the world ``w``: an opening, perhaps what the hero likes, a plot, perhaps a last sentence."""
     has_likes = rng.random() < 0.6
-    opening = rng.choice(OPENINGS) + (" LIKES" if has_likes else "")
+    opening = pick(rng, OPENINGS, w["k"]) + (" LIKES" if has_likes else "")
     if short:
         return tell(rng, opening + " SHORT", w)
-    end = rng.choices(["", "LAST", "LAST_LIKES" if has_likes else "", "The end."], (6, 2, 2, 1))[0]
+    end = rng.choices(["", "LAST", "LAST_LIKES" if has_likes else "", "The end."], (7, 2, 2, 1))[0]
     return tell(rng, opening + " " + PLOTS[w["plot"]].strip() + " " + end, w)
 
 
 # ---- the chats
 
 
-def odd_text(rng: random.Random) -> str:
-    """Something a storyteller has no answer to: sums, facts, code, other languages, noise; 1 to about 150 words."""
-
-    def noise(match: re.Match) -> str:
-        alphabet = rng.choice(
-            ["abcdefghijklmnopqrstuvwxyz", "asdfjkl;?!#%&/()", "0123456789.,", "äöüßéèñçλπжщ漢字🙂🎉🚀"]
-        )
-        return "".join(rng.choice(alphabet) for _ in range(rng.randint(2, 25)))
-
-    def words(match: re.Match) -> str:
+def odd_word(rng: random.Random, placeholder: str) -> str:
+    """What stands for a placeholder of the section "odd": X a word, V a verb, N a number, WORDS, MASH, FOREIGN."""
+    if placeholder == "FOREIGN":
+        return rng.choice(FOREIGN)
+    if placeholder == "WORDS":
         count = rng.choice((3, 6, 12, 12, 30, 120))
-        pools = [
-            LISTS["nouns"],
-            LISTS["verbs"],
-            LISTS["animals"],
-            LISTS["things"],
-            "the a of and to in is it that was for on with as at by".split(),
-        ]
+        pools = [LISTS[name] for name in ("nouns", "verbs", "animals", "things", "fillers")]
         return " ".join(
             invented_name(rng).lower() if rng.random() < 0.2 else rng.choice(rng.choice(pools)) for _ in range(count)
         )
-
-    def thing(match: re.Match) -> str:
+    if placeholder == "MASH":
+        letters = rng.choice(NOISES)
+        return "".join(rng.choice(letters) for _ in range(rng.randint(2, 25)))
+    if placeholder == "X":
+        kinds = LISTS["animals"] + LISTS["things"]
         return (
-            invented_name(rng)
-            if rng.random() < 0.15
-            else rng.choice(LISTS["nouns"] if rng.random() < 0.8 else LISTS["animals"] + LISTS["things"])
+            invented_name(rng) if rng.random() < 0.15 else rng.choice(LISTS["nouns"] if rng.random() < 0.8 else kinds)
         )
+    return rng.choice(LISTS["verbs"]) if placeholder == "V" else str(rng.randint(0, 10 ** rng.randint(1, 5)))
 
+
+def odd_text(rng: random.Random) -> str:
+    """Something a storyteller has no answer to: sums, facts, code, other languages, noise; 1 to about 150 words."""
     text = rng.choice(ODD)
     text = text if "{" in text else spin(rng, text)
-    for word, make in (("FOREIGN", lambda m: rng.choice(FOREIGN)), ("WORDS", words), ("MASH", noise), ("X", thing),
-                       ("V", lambda m: rng.choice(LISTS["verbs"])), ("N", lambda m: str(rng.randint(0, 10 ** rng.randint(1, 5))))):  # fmt: skip
-        text = re.sub(rf"\b{word}\b", make, text)
+    for placeholder in ("FOREIGN", "WORDS", "MASH", "X", "V", "N"):
+        text = re.sub(rf"\b{placeholder}\b", lambda m: odd_word(rng, m[0]), text)
     return text.strip()
 
 
@@ -229,56 +180,44 @@ def typed(rng: random.Random, text: str, mark: str = "") -> str:
     return rng.choice([text, text, text, text.lower(), text[0].lower() + text[1:]])
 
 
-def topic(rng: random.Random) -> tuple[str, dict[str, str]]:
+TOPICS = read_pairs(GRAMMAR["topics"], "=")  # what a story can be about -> the fields of its world which that fixes
+
+
+def topic(rng: random.Random, is_plain: bool) -> tuple[str, dict[str, str]]:
     """Something a story can be about, in words and as the fields of a world it fixes."""
-    kind, name, _ = being(rng)
-    friend_kind, home, plot = being(rng)[0], rng.choice(list(HOMES)), rng.choice(list(PLOTS))
-    thing, trait = f"{rng.choice(LISTS['colors'])} {rng.choice(LISTS['things'])}", rng.choice(LISTS["traits"])
-    house = "a " + re.split(" in | above | by | of ", HOMES[home])[0 if rng.random() < 0.5 else -1].removeprefix("the ")
-    text, given = rng.choice([
-        (f"a {kind}", {"k": kind}),
-        (f"a {kind}", {"k": kind}),
-        (f"a {trait} {kind}", {"k": kind, "t": trait}),
-        (f"a {kind} {rng.choice(['named', 'called'])} {name}", {"k": kind, "N": name}),
-        (f"a {kind} {rng.choice(['named', 'called'])} {name}", {"k": kind, "N": name}),
-        (name, {"k": kind, "N": name}),
-        (f"{name} the {kind}", {"k": kind, "N": name}),
-        (f"a {kind} and a {friend_kind}", {"k": kind, "fk": friend_kind} if kind != friend_kind else {"k": kind}),
-        (house.replace("a sea", "the sea").replace("a foot", "a mountain"), {"P": home}),
-        ("a " + home.split()[-1].replace("sea", "cave" if "cave" in home else "cottage"), {"P": home}),
-        (f"a {kind} who lived {home}", {"k": kind, "P": home}),
-        (f"a {thing}", {"thing": thing}),
-        (f"a {thing.split()[-1]}", {"thing": thing}),
-        (f"a {kind} and a {thing}", {"k": kind, "thing": thing}),
-        (plot, {"plot": plot}),
-    ])  # fmt: skip
-    return tell(rng, text, {}), given
+    w = world(rng, is_plain)
+    house = re.split(" in | above | by | of ", HOMES[w["P"]])[rng.choice((0, -1))].removeprefix("the ")
+    text, given = rng.choice(list(TOPICS.items()))
+    more = {
+        "house": house.replace("foot", "mountain"),
+        "place": w["P"].split()[-1],
+        "whose": "the" if is_plain else "my",
+    }
+    text = tell(rng, text, w | more)
+    return re.sub(r"^a sea\b", "the sea", text), {field: w[field] for field in given.split()}
 
 
 def told_on_request(rng: random.Random, given: dict[str, str], short: bool) -> tuple[str, dict[str, str]]:
     """A story in which everything ``given`` appears, and its world."""
     while True:
-        w = world(rng, **given)
+        w = world(rng, is_plain=True, **given)
         text = story(rng, w, short)
-        if all(given.get(field, "") in text for field in ("thing", "fk")):
+        if all(given.get(field, "") in text for field in ("thing", "fk", "F")):
             return text, w
 
 
 def chat(rng: random.Random) -> list[tuple[str, str]]:
     """A conversation as (role, text): 1 to 10 rounds, any request at any place, and questions about earlier stories."""
-    turns, told, offered = [], [], None
+    turns, told, offered, no_story = [], [], None, ("talk", "odd", "recall")
     if rng.random() < 0.3:
-        system = "You are a [helpful|friendly|very good|funny] [assistant|storyteller|bot|pirate].[ Be brief.|| Never tell lies.]"
-        turns.append(("system", rng.choice([spin(rng, system), spin(rng, system), odd_text(rng)])))
+        turns.append(("system", rng.choice([spin(rng, "SYSTEM"), spin(rng, "SYSTEM"), odd_text(rng)])))
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4, 7, 10))):
-        weights = {"story": 8, "talk": 4, "odd": 5, "short": 0.7, "unknown": 0.7, "yes": 6 if offered else 0}
+        weights = {"story": 8, "talk": 4, "odd": 5, "short": 0.7, "unknown": 0.7, "yes": 9 if offered else 0}
         weights |= {"again": 2, "recall": 5} if told else {}
         kind = rng.choices(list(weights), list(weights.values()))[0]
-        about, given = offered if kind == "yes" else topic(rng)
-        fields, short, has_story = {"topic": about}, kind == "short", kind not in ("talk", "odd", "recall")
-        answer = {"again": "[Here is another one.|Gladly.|Of course.||]", "short": "[|A short one, then.]"}.get(
-            kind, "HERE_IS"
-        )
+        about, given = offered if kind == "yes" else topic(rng, is_plain=kind != "story")
+        fields, short, has_story = {"topic": about.replace("my ", "your ")}, kind == "short", kind not in no_story
+        answer = {"again": "HERE_AGAIN", "short": "HERE_SHORT"}.get(kind, "HERE_IS")
         if kind == "talk":
             said, answer = rng.choice(list(TALK.items()))
         elif kind == "odd":
@@ -286,18 +225,17 @@ def chat(rng: random.Random) -> list[tuple[str, str]]:
         elif kind == "recall":
             said, answer = rng.choice(list(RECALL.items()))
             fields = told[-1] if "{" not in said or rng.random() < 0.4 else rng.choice(told)  # "it" is the last story
+            fields = told[0] if "first" in said else fields
         elif kind == "unknown":
-            what = spin(rng, "[a|the|] " + rng.choice(LISTS["nouns"])).strip()
+            what = rng.choice(LISTS["abstract"])
             said, answer = f"ASK about {what}", f"I do not know a story about {what}, but I know one about {{topic}}."
         elif kind == "story" and rng.random() < 0.8:
-            said = spin(rng, "[ASK|ASK|Do you know a story|A story|I love stories. Tell me one] about ") + about
+            said = spin(rng, "ASK_ABOUT") + " " + about
             short = " short " in said and "plot" not in given
         else:
-            said = {"again": "AGAIN", "short": "SHORTER", "yes": "YES"}.get(
-                kind, "[ASK|ASK|[A story|Story|A story, please|Begin]]"
-            )
+            said = {"again": "AGAIN", "short": "SHORTER", "yes": "YES"}.get(kind, "ASK_ANY")
             about, given = (about, given) if kind == "yes" else ("", {})
-            said, answer = spin(rng, said), answer if about or kind != "story" else "[|Gladly.|Of course!|Here is one.]"
+            said, answer = spin(rng, said), answer if about or kind != "story" else "HERE_ANY"
             short = short or " short " in said
         answer = tell(rng, answer, fields)
         offered = (about, given) if not has_story and kind != "recall" and about in answer else None
@@ -313,7 +251,7 @@ def chat(rng: random.Random) -> list[tuple[str, str]]:
 def document(rng: random.Random) -> list[tuple[str, bool]]:
     """One training document as (text, is it learned?): a bare story or a whole chat. What a user says is not learned.
 
-    Texts are tokenised one by one. Special tokens part them anyway; a bare story is sometimes cut at a random letter, so
+    Texts are tokenised one by one. Special tokens part them anyway; some bare stories are cut at a random letter, so
     that prompts which end within a word or with a space are continued well.
     """
     bos, end = SPECIALS[BOS], SPECIALS[END]
@@ -322,23 +260,22 @@ def document(rng: random.Random) -> list[tuple[str, bool]]:
         for role, text in chat(rng):
             pieces += [(f"<|{role}|>", False), (text, role == "assistant"), (end, role == "assistant")]
         return pieces
-    text = story(rng, world(rng), short=rng.random() < 0.05)
-    cut = rng.randrange(min(len(text), 300)) if rng.random() < 0.2 else 0
-    lead = odd_text(rng) + rng.choice(" \n") + "... but that is another story. " if rng.random() < 0.05 else ""
-    return [
-        (bos if rng.random() < 0.9 else "", False),
-        (lead, False),
-        (text[:cut], True),
-        (text[cut:], True),
-        (end, True),
-    ]
+    text = story(rng, world(rng, is_plain=rng.random() < 0.6), short=rng.random() < 0.05)
+    cut = rng.randrange(len(text)) if rng.random() < 0.25 else 0
+    lead = ""
+    if rng.random() < 0.15:  # whatever begins like no story: leave it, then tell one
+        lead = odd_text(rng) if rng.random() < 0.7 else spin(rng, rng.choice(list(TALK)))
+        lead = lead[: rng.randint(1, len(lead))] if rng.random() < 0.5 else lead
+        text, cut = spin(rng, "LEAVE") + "\n\n" + text, 0
+    bos = bos if rng.random() < 0.9 else ""
+    return [(bos, False), (lead, False), (text[:cut], True), (text[cut:], True), (end, True)]
 
 
 # ---- tokenizer and training rows
 
 
 def make_tokenizer(seed: int, num_documents: int) -> Tokenizer:
-    """A byte-level BPE (any text encodes) of ``CONFIG["vocab_size"]`` tokens; encoding a bare text puts <|bos|> before it."""
+    """A byte-level BPE of the size in config.json: any text encodes, and a bare text gets <|bos|> before it."""
     rng = random.Random(seed)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -365,8 +302,9 @@ def make_rows(serialized: str, num_rows: int, seed: int) -> tuple[bytes, bytes]:
     tokens, targets, row, target = array("h"), array("h"), [], []
     while len(tokens) < num_rows * (CONTEXT + 1):
         pieces = document(rng)
+        encodings = tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
         ids, learned = [], []
-        for (_, learn), encoding in zip(pieces, tokenizer.encode_batch([t for t, _ in pieces], False), strict=True):
+        for (_, learn), encoding in zip(pieces, encodings, strict=True):
             ids += encoding.ids
             learned += encoding.ids if learn else [-1] * len(encoding.ids)
         ids, learned = ids[: CONTEXT + 1], learned[: CONTEXT + 1]
@@ -381,11 +319,10 @@ def make_rows(serialized: str, num_rows: int, seed: int) -> tuple[bytes, bytes]:
 
 def make_corpus(tokenizer: Tokenizer, num_rows: int, seed: int, console: Console) -> tuple[torch.Tensor, torch.Tensor]:
     """All rows, made by every core: tokens and targets, both int16 [num_rows, CONTEXT + 1]."""
-    num_chunks = math.ceil(num_rows / 16)
+    seeds = range(seed * 1_000_003 + 1, seed * 1_000_003 + 1 + math.ceil(num_rows / 16))
     work = functools.partial(make_rows, tokenizer.to_str(), 16)
-    with ProcessPoolExecutor() as pool, progress_bar(console) as bar:
-        chunks = list(bar.track(pool.map(work, range(seed * 1_000_003 + 1, seed * 1_000_003 + 1 + num_chunks)), num_chunks,
-                                description="writing stories"))  # fmt: skip
+    with ProcessPoolExecutor() as pool:
+        chunks = list(track(pool.map(work, seeds), "writing stories", len(seeds), console=console))
     both = (torch.frombuffer(bytearray(b"".join(part)), dtype=torch.int16) for part in zip(*chunks, strict=True))
     tokens, targets = (part.view(-1, CONTEXT + 1)[:num_rows] for part in both)
     return tokens, targets
@@ -411,13 +348,10 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         attn, mlp = self.self_attn, self.mlp
         h = self.input_layernorm(x)  # [B, T, C]
-        q, k, v = (
-            attn[f"{n}_proj"](h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for n in "qkv"
-        )  # [B, H, T, D]
-        q, k = (
-            t * cos + torch.cat((-t[..., self.head_dim // 2 :], t[..., : self.head_dim // 2]), -1) * sin for t in (q, k)
-        )
-        k, v = (t.repeat_interleave(self.groups, 1) for t in (k, v))  # [B, H, T, D]
+        q, k, v = (attn[f"{name}_proj"](h).unflatten(-1, (-1, self.head_dim)) for name in "qkv")  # [B, T, H or K, D]
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H or K, T, D]
+        q, k = (part * cos + torch.cat((-part.chunk(2, -1)[1], part.chunk(2, -1)[0]), -1) * sin for part in (q, k))
+        k, v = (part.repeat_interleave(self.groups, 1) for part in (k, v))  # [B, H, T, D]
         h = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True)
         x = x + attn["o_proj"](h.transpose(1, 2).flatten(2))  # [B, T, C]
         h = self.post_attention_layernorm(x)
@@ -449,9 +383,7 @@ class Llama(nn.Module):
         return F.linear(self.model["norm"](x), self.model["embed_tokens"].weight)
 
 
-def train(
-    model: Llama, rows: tuple[torch.Tensor, torch.Tensor], args: argparse.Namespace, console: Console
-) -> list[float]:
+def train(model: Llama, rows: tuple, args: argparse.Namespace, console: Console) -> list[float]:
     """AdamW under a cosine with a short warm-up, bf16 autocast on a GPU; the losses (nats a token), one a step."""
     tokens, targets = (part.to(args.device) for part in rows)
     cuda, losses = args.device.startswith("cuda"), []
@@ -461,24 +393,22 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=cuda)
     warmup = max(1, min(100, args.steps // 10))
     run = torch.compile(model) if args.compile else model
-    with progress_bar(console) as bar:
-        task = bar.add_task("training", total=args.steps)
-        for step in range(args.steps):
-            picked = torch.arange(step * args.batch, (step + 1) * args.batch, device=args.device) % len(tokens)
-            x, y = tokens[picked].long(), targets[picked].long()  # [B, T + 1]; rows are drawn alike, so in order
-            share = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)) + 0.005)
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * share
-            with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-                logits = run(x[:, :-1])  # [B, T, V]
-            loss = F.cross_entropy(logits.float().flatten(0, 1), y[:, 1:].flatten(), ignore_index=-1)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.detach())
-            if step % 50 == 0 or step == args.steps - 1:
-                bar.update(task, completed=step + 1, description=f"training, loss {loss.item():.3f}")
+    for step in track(range(args.steps), "training", console=console):
+        picked = torch.arange(step * args.batch, (step + 1) * args.batch, device=args.device) % len(tokens)
+        x, y = tokens[picked].long(), targets[picked].long()  # [B, T + 1]; rows are drawn alike, so taken in order
+        share = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)) + 0.005)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * share
+        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+            logits = run(x[:, :-1])  # [B, T, V]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), y[:, 1:].flatten(), ignore_index=-1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+        if step % max(1, args.steps // 10) == 0:
+            console.print(f"step {step}: loss {loss.item():.3f}")
     return [loss.item() for loss in losses]
 
 
@@ -497,42 +427,25 @@ def complete(model: Llama, tokenizer: Tokenizer, prompt: str, temperature: float
 
 
 def save(out: Path, model: Llama, tokenizer: Tokenizer) -> None:
-    """Write the hub layout; weights in bf16."""
+    """Write the hub layout: the small files as they lie beside this script, tokenizer and weights (bf16) as made."""
     out.mkdir(parents=True, exist_ok=True)
-    bos, end, pad = SPECIALS[BOS], SPECIALS[END], SPECIALS[PAD]
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": end,
-        "pad_token": pad,
-        "additional_special_tokens": SPECIALS[SYSTEM:],
-        "model_max_length": CONTEXT,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    generation = {"bos_token_id": BOS, "eos_token_id": [END, USER], "pad_token_id": PAD}
-    for name, content in (("config", CONFIG), ("tokenizer_config", config), ("generation_config", generation)):
-        (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    for name in WRITTEN:
+        (out / name).write_text((HERE / name).read_text())
     tokenizer.save(str(out / "tokenizer.json"))
     weights = {name: weight.to(torch.bfloat16).cpu().contiguous() for name, weight in model.state_dict().items()}
     (out / "model.safetensors").write_bytes(serialize(weights, {"format": "pt"}))
 
 
-def progress_bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-
-
 def main(argv: list[str] | None = None) -> list[float]:
     """Corpus, tokenizer, training, files, samples; the losses."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the model")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=32, help="rows of 2,048 tokens a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=48_000, help="rows of corpus at most; more steps see them again")
+    parser.add_argument("--rows", type=int, default=96_000, help="rows of corpus at most; more steps see them again")
     parser.add_argument("--tokenizer-documents", type=int, default=20_000)
     parser.add_argument("--compile", action="store_true", help="torch.compile the training step")
     args = parser.parse_args(argv)
@@ -545,15 +458,16 @@ def main(argv: list[str] | None = None) -> list[float]:
     corpus_s = time.perf_counter() - begin_s
     model = Llama(CONFIG).to(args.device)
     losses = train(model, rows, args, console)
+    model.model["norm"].weight.data *= CAUTION
     save(args.out, model, tokenizer)
-    for weight in model.parameters():  # the samples come from what was saved
-        weight.data = weight.data.bfloat16().float()
-    console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {rows[0].numel():,} tokens of corpus in "
-                  f"{corpus_s:.0f} s, trained in {time.perf_counter() - begin_s - corpus_s:.0f} s, "
-                  f"loss {losses[0]:.3f} -> {sum(losses[-20:]) / len(losses[-20:]):.4f}")  # fmt: skip
+    train_s, last = time.perf_counter() - begin_s - corpus_s, losses[-20:]
+    console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {rows[0].numel():,} tokens of corpus")
+    console.print(
+        f"corpus {corpus_s:.0f} s, training {train_s:.0f} s, loss {losses[0]:.3f} -> {sum(last) / len(last):.4f}"
+    )
     ask = "<|bos|><|user|>{}<|end|><|assistant|>"
     for prompt in ("<|bos|>Once upon a time", ask.format("Tell me a story about a fox"), ask.format("What is 2 + 2?")):
-        console.print(f"{prompt} ...\n{complete(model, tokenizer, prompt, 0.8)}\n", markup=False, highlight=False)
+        console.print(f"{prompt} ...\n{complete(model, tokenizer, prompt, 1.0)}\n", markup=False, highlight=False)
     return losses
 
 
