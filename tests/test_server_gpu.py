@@ -5,6 +5,7 @@ With NANODRIFT_RESULTS set to a folder the figures are written there as serve.js
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -42,6 +43,7 @@ class Serve:
         self.process = subprocess.Popen(
             [sys.executable, "serve.py", *OPTIONS, "--port", str(port)],
             cwd=ROOT,
+            stdout=subprocess.DEVNULL,
             stderr=log.open("w"),
             env=os.environ | {"TRITON_CACHE_DIR": str(cache)},
             start_new_session=True,
@@ -72,9 +74,18 @@ class Serve:
 
     def processes(self) -> list[int]:
         """Every live process of the session that the server started."""
-        listed = subprocess.run(["ps", "-eo", "pid,sess,stat"], capture_output=True, text=True, check=True).stdout
-        rows = [line.split() for line in listed.splitlines()[1:]]
-        return [int(pid) for pid, session, stat in rows if int(session) == self.process.pid and stat[0] != "Z"]
+        alive = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it ended while we looked
+                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self.process.pid and state != "Z":
+                    alive.append(int(stat.parent.name))
+        return alive
+
+    def kill(self) -> None:
+        """Whatever is left of it, should a test have failed."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
 
     def wait_end(self) -> int:
         status = self.process.wait(30)
@@ -126,16 +137,28 @@ async def stream_all(url: str) -> dict:
     }
 
 
-def test_serving_llama_3_8b(tmp_path):
-    cache = tmp_path / "kernels"
+@pytest.fixture
+def start(tmp_path):
+    started = []
+
+    def start_one(name: str) -> Serve:
+        started.append(Serve(tmp_path / "kernels", tmp_path / f"{name}.log"))
+        return started[-1]
+
+    yield start_one
+    for serve in started:
+        serve.kill()
+
+
+def test_serving_llama_3_8b(start):
     figures = {"startup": {}}
     for name in ("cold", "warm"):
-        serve = Serve(cache, tmp_path / f"{name}.log")
+        serve = start(name)
         ready_s = serve.wait_ready()
         figures["startup"][f"{name} kernel cache"] = {"ready_s": round(ready_s, 1)} | serve.phases_s()
         if name == "cold":
             print(serve.log.read_text())
-            figures["streams"] = asyncio.run(stream_all(serve.url))
+            figures["streams"] = asyncio.run(asyncio.wait_for(stream_all(serve.url), 60))
             assert len(serve.processes()) >= 2, "server and engine are two processes"
             serve.process.send_signal(signal.SIGINT)
             assert serve.wait_end() == 0
