@@ -168,7 +168,7 @@ def _git_commit() -> str | None:
     if not (ROOT / ".git").exists():
         return None
     commit = _run("git", "rev-parse", "--short=10", "HEAD")
-    changes = _run("git", "status", "--porcelain", "--untracked-files=no")
+    changes = _run("git", "status", "--porcelain", "--untracked-files=no", "--", "nanodrift", "kernels")
     return f"{commit}{'+changes' if changes else ''}" if commit else None
 
 
