@@ -33,12 +33,12 @@ NUM_STREAMS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 64, 512, 128
 
 
 class Serve:
-    """serve.py as its own process, in its own session, with its kernel cache in a folder of the test's."""
+    """serve.py as a process of its own, with its kernel cache in a folder of the test's."""
 
     def __init__(self, cache: Path, log: Path):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
+        self.url, self.log, self.seen = f"http://127.0.0.1:{port}", log, set()
         self.started_s = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "serve.py", *OPTIONS, "--port", str(port)],
@@ -46,7 +46,6 @@ class Serve:
             stdout=subprocess.DEVNULL,
             stderr=log.open("w"),
             env=os.environ | {"TRITON_CACHE_DIR": str(cache)},
-            start_new_session=True,
         )
 
     def wait_ready(self) -> float:
@@ -73,14 +72,15 @@ class Serve:
         return {name: float(seconds) for name, seconds in re.findall(r"(\w+) ([\d.]+)[,)]", line)}
 
     def processes(self) -> list[int]:
-        """Every live process of the session that the server started."""
-        alive = []
+        """The server's live processes: itself, what it started, and what it was once seen to have started."""
+        parents = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):  # it ended while we looked
-                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-                if int(session) == self.process.pid and state != "Z":
-                    alive.append(int(stat.parent.name))
-        return alive
+                state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+                if state != "Z":
+                    parents[int(stat.parent.name)] = int(parent)
+        self.seen |= {pid for pid, parent in parents.items() if self.process.pid in (pid, parent)}
+        return sorted(self.seen & parents.keys())
 
     def kill(self) -> None:
         """Whatever is left of it, should a test have failed."""
