@@ -243,7 +243,8 @@ def run_decode(loaded: LoadedEngine, plan: dict, seed: int, device, ceilings: Ce
     for done, batch in enumerate(plan["batches"]):
         display.show(f"decode, batch {batch}", len(plan["batches"]), done)
         with machine.PowerLog(device) as power:
-            steady = offline.steady_decode(loaded.engine, batch, plan["context"], plan["decode_steps"], seed + batch)
+            steady = offline.steady_decode(loaded.engine, batch, plan["context"], plan["decode_steps"], seed + batch,
+                                           on_steady=power.samples.clear)  # fmt: skip
         row = {"batch": batch, "context": plan["context"], "mean_context": round(steady.mean_context, 1),
                "steps": len(steady.gaps_s), "ms": median(steady.gaps_s) * 1e3, "mean_ms": fmean(steady.gaps_s) * 1e3,
                "p99_ms": percentile(steady.gaps_s, 99) * 1e3, "tokens_per_s": batch / fmean(steady.gaps_s),

@@ -96,12 +96,11 @@ def sustained_s(call, device: torch.device) -> float:
 
 
 class PowerLog:
-    """SM clock (MHz) and board power (W), ten samples a second while the ``with`` block runs; None where unknown."""
+    """SM clock (MHz) and board power (W), sampled while the ``with`` block runs; None where unknown."""
 
-    def __init__(self, device: torch.device, interval_s: float = 0.1):
+    def __init__(self, device: torch.device):
         self.samples: list[tuple[float, float]] = []
-        self.interval_s = interval_s
-        self._read = _power_reader(device) if device.type == "cuda" else None
+        self._read, self._interval_s = _power_reader(device) if device.type == "cuda" else (None, 0.0)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -116,7 +115,7 @@ class PowerLog:
             self._thread.join()
 
     def _sample(self):
-        while not self._stop.wait(self.interval_s):
+        while not self._stop.wait(self._interval_s):
             with contextlib.suppress(Exception):  # a sample lost is no reason to stop a measurement
                 self.samples.append(self._read())
 
@@ -127,7 +126,7 @@ class PowerLog:
 
 
 def _power_reader(device: torch.device):
-    """A function that returns (SM MHz, W): through NVML, else through nvidia-smi, else None."""
+    """(a function that returns (SM MHz, W), seconds between calls): NVML, else nvidia-smi, else (None, 0)."""
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     try:
         from cuda.bindings import nvml
@@ -140,17 +139,17 @@ def _power_reader(device: torch.device):
             return float(clock), nvml.device_get_power_usage(handle) / 1e3
 
         read()
-        return read
+        return read, 0.05
     except Exception:  # no binding, an older one, or no permission: the command line tool may still answer
         if not shutil.which("nvidia-smi"):
-            return None
+            return None, 0.0
 
     def ask():
         query = "--query-gpu=clocks.sm,power.draw"
         clock, watts = _run("nvidia-smi", query, "--format=csv,noheader,nounits", "-i", uuid).split(",")
         return float(clock), float(watts)
 
-    return ask
+    return ask, 0.5
 
 
 def _run(*command: str) -> str:

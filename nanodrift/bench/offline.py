@@ -70,15 +70,19 @@ class SteadyDecode:
     num_preemptions: int
 
 
-def steady_decode(engine: Engine, batch: int, context: int, num_steps: int, seed: int) -> SteadyDecode:
+def steady_decode(
+    engine: Engine, batch: int, context: int, num_steps: int, seed: int, on_steady: Callable[[], None] = lambda: None
+) -> SteadyDecode:
     """Prefills ``batch`` prompts of ``context`` tokens, then times ``num_steps`` steps once every one of them decodes.
 
+    ``on_steady`` is called when the prefills are over.
     Raises ValueError if a request ran out of room before the window was over.
     """
     room = engine.scheduler.max_model_len - context
     requests = add_random(engine, batch, context, room, random.Random(seed))
     while any(not r.token_s for r in requests) and not any(r.is_finished for r in requests):
         engine.step()  # the early ones already decode while the last are prefilled
+    on_steady()
     leader = max(requests, key=lambda r: r.num_tokens)  # will be the first to run out of room
     last = max(requests, key=lambda r: r.token_s[0] if r.token_s else 0.0)
     skip = 1 + max(2, num_steps // 16)  # the merge itself, and the steps that were launched before it
