@@ -103,15 +103,15 @@ def check_memory(config: ModelConfig, dtype, free_bytes: int, min_kv_tokens: int
         size = MemoryNeed.of(other, dtype.itemsize, min(min_kv_tokens, other.max_position)).total_bytes
         if size <= free_bytes:
             fitting[size] = alias
-    advice = (
-        f"The largest alias that fits is {fitting[max(fitting)]}"
-        if fitting
-        else "No alias fits; the built-in model may"
-    )
+    best = fitting[max(fitting)] if fitting else "none; the built-in model may fit"
+    advice = f"The largest alias that fits: {best}."
+    num_fitting_tokens = (free_bytes - need.weight_bytes) // (config.num_kv_values_per_token * dtype.itemsize)
+    if num_fitting_tokens >= BLOCK_SIZE:
+        advice += f" Or keep this one and lower --max-model-len to {num_fitting_tokens // BLOCK_SIZE * BLOCK_SIZE}."
     raise ConfigError(
         f"this model needs {need.total_bytes / GIB:.1f} GiB ({need.weight_bytes / GIB:.1f} for weights in "
         f"{str(dtype).removeprefix('torch.')}, {need.kv_bytes / GIB:.1f} for {min_kv_tokens} tokens of KV cache) and "
-        f"{free_bytes / GIB:.1f} GiB are free. {advice}."
+        f"{free_bytes / GIB:.1f} GiB are free. {advice}"
     )
 
 

@@ -118,10 +118,12 @@ def test_memory_is_compared_with_both_numbers_and_the_largest_alias_that_fits():
     with pytest.raises(ConfigError, match=numbers):
         check_memory(llama, torch.bfloat16, int(15.5 * GIB), 8192)
     for free_gib, alias in ((15.7, "qwen2.5-7b"), (15.9, "qwen2.5-7b"), (10, "qwen3-0.6b")):
-        with pytest.raises(ConfigError, match=f"largest alias that fits is {alias}"):
+        with pytest.raises(ConfigError, match=f"largest alias that fits: {alias}"):
             check_memory(llama, torch.bfloat16, int(free_gib * GIB), 8192)
-    with pytest.raises(ConfigError, match="No alias fits"):
+    with pytest.raises(ConfigError, match="largest alias that fits: none"):
         check_memory(llama, torch.float32, GIB, 8192)
+    with pytest.raises(ConfigError, match=r"lower --max-model-len to 8192\."):
+        check_memory(llama, torch.bfloat16, need.total_bytes + 1000, 131072)
     small = dataclasses.replace(llama, num_layers=1)
     assert check_memory(small, torch.bfloat16, 4 * GIB, 1).kv_bytes == 64 * 4096  # a whole block
 
