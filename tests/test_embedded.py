@@ -122,6 +122,19 @@ def test_a_request_is_followed_and_remembered(tokenizer, writer):
     assert len(homes) == 1 and homes[0] in answer, (text, answer)
 
 
+def test_the_first_story_is_remembered_after_many_others(tokenizer, writer):
+    rng, right = random.Random(1), 0
+    for _ in range(4):
+        worlds, turns = [make.world(rng, is_plain=True) for _ in range(6)], []
+        for w in worlds:
+            turns += ["Tell me a story", make.story(rng, w)]
+        ids = ask(tokenizer, *turns, "Who was the first story about?")
+        assert 1000 < len(ids) < make.CONTEXT - 40
+        [(answer, _)] = writer(ids, 40)
+        right += make.tell(rng, "The first story was about {N}, a {t} {k} who lived {P}.", worlds[0]) == answer
+    assert right >= 3
+
+
 @pytest.mark.parametrize(
     "question", ["What is 17 * 23?", "def f(x): return x", "Wer hat den Mond gebaut?", "%&!§ 🙂", "Why?"]
 )

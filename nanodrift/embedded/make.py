@@ -13,8 +13,11 @@ It refuses to know the engine: nothing here imports nanodrift, and nanodrift nev
     python nanodrift/embedded/make.py --steps 20 --batch 2 --out /tmp/tiny   # a rehearsal on a CPU
 
 The weights of the package took 175 s on one H200 with 16 CPU cores: 40 s for the corpus (197 million tokens), 135 s for
-8,000 steps of 65,536 tokens; the loss over the last 20 steps was 0.2780 nats a token. The rehearsal takes one
-and a half minutes on two CPU cores.
+8,000 steps of 65,536 tokens; the loss over the last 20 steps was 0.2780 nats a token. The rehearsal took 54 s and 92 s
+on two shared CPU cores.
+
+What it does well and badly, greedily, after six stories (1,450 tokens): of 60 questions who the latest or the first
+story was about, 59 were answered to the letter; of 30 questions where the first story's hero lived, by name, only 2.
 """
 
 import argparse
