@@ -164,8 +164,8 @@ def _driver_version() -> str | None:
 
 
 def _git_commit() -> str | None:
-    if not (ROOT / ".git").exists():
-        return None
+    if not (ROOT / ".git").exists():  # a copy of the tree: who made it may say what it is a copy of
+        return os.environ.get("NANODRIFT_COMMIT")
     commit = _run("git", "rev-parse", "--short=10", "HEAD")
     changes = _run("git", "status", "--porcelain", "--untracked-files=no", "--", "nanodrift", "kernels")
     return f"{commit}{'+changes' if changes else ''}" if commit else None
