@@ -234,12 +234,12 @@ def _attn_decode_kernel(
 
 
 def decode_scratch_shape(num_heads, num_kv_heads, head_dim, num_sms):
-    """Shape of the fp32 scratch that `attn_decode` needs at this head layout, whatever the batch.
+    """Shape of the fp32 scratch that `attn_decode` needs at this head layout and num_sms or fewer, whatever the batch.
 
     Allocate it with torch.zeros, once per lane: two launches that may run at the same time must not share it.
     """
     num_programs = num_sms * PROGRAMS_PER_SM[head_dim]
-    return (num_programs * (2 * (num_heads // num_kv_heads) * (head_dim + 2) + 1),)
+    return (triton.cdiv(num_programs, 4) * 4 + 2 * num_programs * (num_heads // num_kv_heads) * (head_dim + 2),)
 
 
 def attn_decode(q, k_cache, v_cache, block_table, rows, context_lens, *, scale, out=None, scratch=None, num_sms):
@@ -268,9 +268,12 @@ def attn_decode(q, k_cache, v_cache, block_table, rows, context_lens, *, scale, 
     if batch == 0:
         return out
     num_programs = num_sms * PROGRAMS_PER_SM[head_dim]
+    # Counters at the front and partial sums at the back: never over each other, also after launches with other num_sms.
+    scratch = scratch.view(-1)
+    arrivals = scratch.view(torch.int32)
     partial_rows = 2 * num_programs * group
-    partial_o, partial_m, partial_l, arrivals, _ = scratch.view(-1).split(
-        [partial_rows * head_dim, partial_rows, partial_rows, num_programs, scratch.numel() - needed]
+    partial_o, partial_m, partial_l = scratch[-partial_rows * (head_dim + 2) :].split(
+        [partial_rows * head_dim, partial_rows, partial_rows]
     )
     bulk = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9  # no bulk copies before Hopper
     if bulk:
@@ -278,7 +281,7 @@ def attn_decode(q, k_cache, v_cache, block_table, rows, context_lens, *, scale, 
         k_cache, v_cache = (TensorDescriptor.from_tensor(x.view(-1, head_dim), box) for x in (k_cache, v_cache))
     _attn_decode_kernel[(num_programs,)](
         q, k_cache, v_cache, block_table, rows, context_lens, out, partial_o, partial_m, partial_l,
-        arrivals.view(torch.int32), batch, block_table.stride(0), scale * LOG2_E,
+        arrivals, batch, block_table.stride(0), scale * LOG2_E,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK=BLOCK_SIZE, ROWS=16,
         MERGE_ROWS=triton.next_power_of_2(group), MERGE=MERGE, MAX_BATCH=MAX_BATCH, MIN_SHARE=MIN_SHARE, LEAD=LEAD,
         BULK=bulk, num_warps=4, num_stages=3 if bulk else 2,

@@ -184,6 +184,16 @@ def test_decode_splits_and_merges(contexts, num_sms):
     assert torch.equal(first, second)
 
 
+def test_decode_scratch_serves_any_smaller_sm_count():
+    torch.manual_seed(4)
+    args, options = decode_case([500, 64, 200], 4, 2, 64, torch.float32)
+    expected = decode.attn_decode_reference(*args, **options)
+    scratch = torch.zeros(decode.decode_scratch_shape(4, 2, 64, 9))
+    for num_sms in (9, 2, 5, 1, 9):
+        result = decode.attn_decode(*args, **options, scratch=scratch, num_sms=num_sms)
+        assert relative(result, expected) < 1e-5
+
+
 def test_decode_large_scores_do_not_overflow():
     torch.manual_seed(3)
     args, options = decode_case([300, 70], 2, 1, 64, torch.float32)
