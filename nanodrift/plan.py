@@ -85,7 +85,7 @@ class PrefillWork:
     is_last: bool
     new_blocks: tuple[NewBlocks, ...] = ()  # only with the first piece
 
-    lane = Lane.PREFILL
+    lanes = (Lane.PREFILL,)
 
     @property
     def num_tokens(self) -> int:
@@ -108,7 +108,7 @@ class DecodeWork:
     has_ban: bool = False  # some row is below its min_tokens
     new_blocks: tuple[NewBlocks, ...] = ()
 
-    lane = Lane.DECODE
+    lanes = (Lane.DECODE,)
 
     @property
     def sampled_ids(self) -> tuple[str, ...]:
@@ -121,6 +121,8 @@ class FusedWork:
 
     prefill: PrefillWork
     decode: DecodeWork
+
+    lanes = (Lane.PREFILL, Lane.DECODE)
 
     @property
     def sampled_ids(self) -> tuple[str, ...]:

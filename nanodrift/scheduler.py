@@ -134,20 +134,22 @@ class Scheduler:
 
     def on_launch(self, ticket: Ticket) -> None:
         work = ticket.work
-        self._num_in_flight[work.lane] += 1
+        for lane in work.lanes:
+            self._num_in_flight[lane] += 1
         for request in self._requests_of(work):
             request.num_in_flight += 1
-            if work.lane is Lane.DECODE:
+            if Lane.DECODE in work.lanes:
                 request.num_launched_tokens += 1
 
     def on_complete(self, completion: Completion) -> list[TokenEvent]:
         """Takes in the sampled tokens, merges prefilled requests into the decode batch, ends what has to end."""
         work, events = completion.ticket.work, []
-        self._num_in_flight[work.lane] -= 1
+        for lane in work.lanes:
+            self._num_in_flight[lane] -= 1
         touched = self._requests_of(work)
         for request in touched:
             request.num_in_flight -= 1
-            if work.lane is Lane.DECODE:
+            if Lane.DECODE in work.lanes:
                 request.num_launched_tokens -= 1
         for request_id, token_id in completion.tokens:
             request = self.requests[request_id]
@@ -315,7 +317,7 @@ class Scheduler:
         del self.requests[request.request_id]
 
     def _requests_of(self, work: Work) -> list[Request]:
-        if work.lane is Lane.DECODE:
+        if Lane.DECODE in work.lanes:
             return [self.requests[request_id] for request_id in work.request_ids]
         return [self.requests[s.request_id] for s in work.slices]
 
