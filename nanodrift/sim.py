@@ -1,0 +1,110 @@
+"""The executor without a machine: work takes the time cost.py predicts, on a clock that jumps from end to end.
+
+Runs the very scheduler and engine that serve, so a simulated policy cannot drift from the real one. Deterministic: the
+same requests give the same launches and the same times. Every sampled token is ``TOKEN_ID``; lengths come from
+max_tokens. No torch.
+
+The one subtle thing is time in flight. A piece of work carries the seconds it still needs alone. While both lanes run,
+each is slowed by its contention factor; whenever a lane starts or ends, the clock first credits what has been done at
+the old speed, and what remains goes on at the new one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
+from nanodrift.executor import VirtualClock
+from nanodrift.plan import Completion, Lane, Partition, Ticket, Work
+
+TOKEN_ID = 0
+
+
+@dataclass
+class _InFlight:
+    ticket: Ticket
+    remaining_s: float  # of work alone on its SMs
+    prefill_sms: int
+    decode_sms: int
+
+
+class SimExecutor:
+    """A machine of ``cost``'s profile. ``guard`` holds the true contention factors of this machine."""
+
+    def __init__(
+        self,
+        cost: CostModel,
+        *,
+        partitions: tuple[Partition, ...] = (),
+        num_blocks: int,
+        num_rows: int,
+        max_prefill_tokens: int,
+        guard: Guard | None = None,
+    ):
+        num_sms = cost.profile.num_sms
+        self.clock = VirtualClock()
+        self.partitions = (Partition(num_sms, num_sms, is_shared=True), *partitions)
+        self.num_layers, self.num_blocks, self.num_rows = cost.num_layers, num_blocks, num_rows
+        self.max_prefill_tokens = max_prefill_tokens
+        self.device_name = f"simulated {cost.profile.name}"
+        self.busy_s = {Lane.PREFILL: 0.0, Lane.DECODE: 0.0}  # time each lane had work running
+        self._cost, self._guard = cost, guard or Guard()
+        self._num_tickets = 0
+        self._queue: list[_InFlight] = []  # in launch order; what runs is decided by _running
+
+    def launch(self, work: Work, partition: Partition) -> Ticket:
+        self._num_tickets += 1
+        ticket = Ticket(self._num_tickets, work, partition, self.clock.now())
+        solo_s = self._cost.work_s(work, partition.prefill_sms, partition.decode_sms)
+        self._queue.append(_InFlight(ticket, solo_s, partition.prefill_sms, partition.decode_sms))
+        return ticket
+
+    def wait(self, until_s: float | None) -> list[Completion]:
+        limit_s = float("inf") if until_s is None else until_s
+        done: list[Completion] = []
+        while self._queue and not done and self.clock.now() < limit_s:
+            running = self._running()
+            slowdowns = [self._slowdown(entry, running) for entry in running]
+            step_s = min(e.remaining_s * s for e, s in zip(running, slowdowns, strict=True))
+            step_s = min(step_s, limit_s - self.clock.now())
+            for entry, slowdown in zip(running, slowdowns, strict=True):
+                entry.remaining_s -= step_s / slowdown
+                for lane in entry.ticket.work.lanes:
+                    self.busy_s[lane] += step_s
+            self.clock.advance_to(self.clock.now() + step_s)
+            for entry in running:
+                if entry.remaining_s <= 1e-12:  # rounding of the subtraction above
+                    self._queue.remove(entry)
+                    tokens = tuple((request_id, TOKEN_ID) for request_id in entry.ticket.work.sampled_ids)
+                    done.append(Completion(entry.ticket, self.clock.now(), tokens))
+        if not done and until_s is not None:
+            self.clock.advance_to(until_s)
+        return done
+
+    def close(self) -> None:
+        self._queue.clear()
+
+    def _running(self) -> list[_InFlight]:
+        """What is not behind anything: lanes run in launch order, and no two pieces of work hold the same SMs."""
+        running: list[_InFlight] = []
+        for index, entry in enumerate(self._queue):
+            if not any(self._must_follow(entry, earlier) for earlier in self._queue[:index]):
+                running.append(entry)
+        return running
+
+    def _must_follow(self, entry: _InFlight, earlier: _InFlight) -> bool:
+        lanes = entry.ticket.work.lanes
+        other_lanes = earlier.ticket.work.lanes
+        if set(lanes) & set(other_lanes):
+            return True
+        sms = {Lane.PREFILL: entry.prefill_sms, Lane.DECODE: entry.decode_sms}[lanes[0]]
+        other_sms = {Lane.PREFILL: earlier.prefill_sms, Lane.DECODE: earlier.decode_sms}[other_lanes[0]]
+        return sms + other_sms > self._cost.profile.num_sms
+
+    def _slowdown(self, entry: _InFlight, running: list[_InFlight]) -> float:
+        if len(running) == 1:
+            return 1.0
+        works = {e.ticket.work.lanes[0]: e for e in running}
+        prefill, decode = works[Lane.PREFILL], works[Lane.DECODE]
+        cell = Cell.of(PrefillLoad.of(prefill.ticket.work.slices), DecodeLoad.of(decode.ticket.work), decode.decode_sms)
+        return self._guard.factor(entry.ticket.work.lanes[0], cell).mean
