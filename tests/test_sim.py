@@ -77,7 +77,7 @@ def test_fused_reads_the_weights_once_and_side_by_side_saves_attention(cost):
     prefill_load, decode_load = PrefillLoad.of_chunk(1024, 16384), DecodeLoad(64, 64 * 4096)
     separate = cost.prefill_s(prefill_load, 132) + cost.decode_s(decode_load, 132)
     in_sequence = cost.fused_s(prefill_load, decode_load, 132, 132)
-    beside = cost.fused_s(prefill_load, decode_load, 68, 64)
+    beside = cost.fused_s(prefill_load, decode_load, 100, 32)
     assert in_sequence < separate
     assert beside < in_sequence
 
