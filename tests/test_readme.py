@@ -63,3 +63,9 @@ def test_the_file_tree_names_files_that_exist():
 
 def test_tables_and_figures_are_those_of_the_results():
     assert tables.main(check=True) == 0, "run python bench.py tables and commit what it wrote"
+
+
+def test_every_result_is_listed_with_its_command():
+    listed = (ROOT / "results" / "README.md").read_text()
+    files = {str(path.relative_to(ROOT / "results")) for path in (ROOT / "results").rglob("*.json")}
+    assert len(files) >= 2 and sorted(name for name in files if f"`{name}`" not in listed) == []

@@ -6,7 +6,8 @@ A pair of comments names what stands between them, and ``python bench.py tables`
     <!-- /table -->
 
 Kinds: ``decode`` and ``prefill`` (a latency run, and peers to stand beside it), ``throughput`` (any number of runs),
-``conditions`` (what a run was measured on), ``figure`` (decode and prefill drawn as results/<run>.svg).
+``serve`` (the server's start-up and streams), ``conditions`` (what runs and peers were measured on), ``figure`` (decode
+and prefill drawn as results/<run>.svg).
 """
 
 from __future__ import annotations
@@ -99,21 +100,38 @@ def throughput_table(*runs: dict) -> str:
     return markdown(header, rows)
 
 
+def serve_table(run: dict) -> str:
+    """Start-up and a burst of streams over HTTP, from the GPU test of the server."""
+    ready = [f"{what} {phases['ready_s']:.1f} s" for what, phases in run["startup"].items()]
+    s = run["streams"]
+    return (
+        f"Start to ready: {', '.join(ready)}. {s['num_streams']} streams at once over HTTP, {s['num_prompt_tokens']} "
+        f"tokens in and {s['num_output_tokens']} out:\n{s['output_throughput']:,.0f} output tokens/s, P50 TTFT "
+        f"{s['median_ttft_ms']:,.0f} ms, P50 / P99 TBT {s['median_tbt_ms']:.1f} / {s['p99_tbt_ms']:.1f} ms.\n"
+    )
+
+
 def conditions(*runs: dict) -> str:
+    """One line a run; of peers, what they were measured under."""
     lines = []
     for run in runs:
+        if "engines" in run:
+            lines += [f"- {name}: {run['conditions']}; {peer['options']}" for name, peer in run["engines"].items()]
+            continue
         where = f"{run['gpu']}, driver {run['driver']}" if run["gpu"] else f"{run['cpu']}, {run['num_threads']} used"
-        tools = f"torch {run['torch']}, triton {run['triton']}"
-        lines.append(
-            f"- {where}; {tools}; commit {run['git']}; `python bench.py {' '.join(run['argv'])}`".rstrip() + "\n"
-        )
-    return "".join(lines)
+        engine = run.get("engine", {})
+        draw = f"; dummy weights drawn {engine['dummy_draw']}" if engine.get("load_format") == "dummy" else ""
+        command = " ".join(run["argv"] if run["argv"][0].endswith(".py") else ["bench.py", *run["argv"]])
+        tools = f"torch {run['torch']}, triton {run['triton']}{draw}; commit {run['git']}"
+        lines.append(f"- {where}; {tools}; `python {command}`")
+    return "\n".join(lines) + "\n"
 
 
 KINDS = {
     "decode": decode_table,
     "prefill": prefill_table,
     "throughput": throughput_table,
+    "serve": serve_table,
     "conditions": conditions,
 }
 
