@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-BLOCK_SIZE = 64
-LOG2_E = 1.4426950408889634
+from .attn_prefill import BLOCK_SIZE, LOG2_E, has_bulk_copies, load_tile
+
 MAX_BATCH = 512
 PROGRAMS_PER_SM = {64: 3, 128: 2}  # by head size: what registers and shared memory hold at once
 MIN_SHARE = 2  # fewer units than this are not worth a program
-LEAD = 2
+LEAD = 4  # empty units in front of each head: starting on one costs about as much as so many blocks
 MERGE = 8  # parts whose loads are in flight together
 
 
@@ -59,19 +59,6 @@ def attn_decode_reference(q, k_cache, v_cache, block_table, rows, context_lens, 
 
 
 # --- kernel ---
-
-
-@triton.jit
-def _load_tile(
-    cache, block, kv_head, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BULK: tl.constexpr
-):
-    """K or V of one block and KV head [BLOCK, D]: by one bulk copy through a descriptor, or by pointers."""
-    tile = block.to(tl.int64) * KV_HEADS + kv_head
-    if BULK:
-        return cache.load([(tile * BLOCK).to(tl.int32), 0])
-    else:
-        offsets = tl.arange(0, BLOCK)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-        return tl.load(cache + tile * (BLOCK * HEAD_DIM) + offsets)
 
 
 @triton.jit
@@ -179,15 +166,15 @@ def _attn_decode_kernel(
         end_full = tl.minimum(end_block, num_full)
         block = tl.load(table + first_block, mask=first_block < end_full, other=0)  # one step ahead: see attn_prefill
         for j in range(first_block, end_full):
-            k = _load_tile(k_cache, block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
-            v = _load_tile(v_cache, block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
+            k = load_tile(k_cache, block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
+            v = load_tile(v_cache, block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
             block = tl.load(table + j + 1, mask=j + 1 < end_full, other=0)
             acc, p_sum, row_max = _add_block(acc, p_sum, row_max, tl.dot(k, q.T), v, qk_scale)
         if end_block * BLOCK > context_len:  # the last block, unwritten in part: what lies there must not meet p = 0
             block = tl.load(table + num_full, mask=context_len > 0, other=0)
             is_seen = num_full * BLOCK + slots < context_len
-            k = _load_tile(k_cache, block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
-            v = _load_tile(v_cache, block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
+            k = load_tile(k_cache, block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
+            v = load_tile(v_cache, block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
             scores = tl.where(is_seen[:, None], tl.dot(k, q.T), -float("inf"))  # [BLOCK, ROWS]
             v = tl.where(is_seen[:, None], v, 0.0)
             acc, p_sum, row_max = _add_block(acc, p_sum, row_max, scores, v, qk_scale)
@@ -275,7 +262,7 @@ def attn_decode(q, k_cache, v_cache, block_table, rows, context_lens, *, scale, 
     partial_o, partial_m, partial_l = scratch[-partial_rows * (head_dim + 2) :].split(
         [partial_rows * head_dim, partial_rows, partial_rows]
     )
-    bulk = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9  # no bulk copies before Hopper
+    bulk = has_bulk_copies()
     if bulk:
         box = [BLOCK_SIZE, head_dim]
         k_cache, v_cache = (TensorDescriptor.from_tensor(x.view(-1, head_dim), box) for x in (k_cache, v_cache))

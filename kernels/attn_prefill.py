@@ -32,6 +32,11 @@ LOG2_E = 1.4426950408889634
 PROGRAMS_PER_SM = 2  # what registers and shared memory hold at once
 
 
+def has_bulk_copies():
+    """Whether the target of compilation copies whole tiles by descriptor: Hopper and later (and the interpreter)."""
+    return triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().arch >= 90
+
+
 # --- reference ---
 
 
@@ -70,7 +75,7 @@ def attn_prefill_reference(
 
 
 @triton.jit
-def _load_tile(
+def load_tile(
     cache, block, kv_head, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BULK: tl.constexpr
 ):
     """K or V of one block and KV head [BLOCK, D]: by one bulk copy through a descriptor, or by pointers."""
@@ -103,8 +108,8 @@ def _attend_blocks(
     k_block = tl.load(table + first, mask=first < last, other=0)
     v_block = tl.load(table + first - 1)
     for j in range(first, last):
-        k = _load_tile(k_cache, k_block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
-        v = _load_tile(v_cache, v_block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
+        k = load_tile(k_cache, k_block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
+        v = load_tile(v_cache, v_block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
         k_block = tl.load(table + j + 1, mask=j + 1 < last, other=0)
         v_block = tl.load(table + j)
         scores = tl.dot(q, k.T)  # [M, BLOCK]
@@ -164,7 +169,7 @@ def _attn_prefill_kernel(
             acc = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
             row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
             row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-            k = _load_tile(k_cache, tl.load(table), kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
+            k = load_tile(k_cache, tl.load(table), kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
             scores = tl.where(slots[None, :] <= q_positions[:, None], tl.dot(q, k.T), -float("inf"))  # [M, BLOCK]
             p, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, qk_scale)
             p, rescale, row_max, row_sum, acc = _attend_blocks(
@@ -177,7 +182,7 @@ def _attn_prefill_kernel(
             )  # fmt: skip
             # The last block's slots past the context were never written: whatever lies there must not meet p = 0.
             last_block = tl.load(table + num_seen - 1)
-            v = _load_tile(v_cache, last_block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
+            v = load_tile(v_cache, last_block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
             v = tl.where(((num_seen - 1) * BLOCK + slots)[:, None] < context_len, v, 0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
 
@@ -223,7 +228,7 @@ def attn_prefill(
     num_requests = rows.shape[0]
     if num_tokens == 0 or num_requests == 0:
         return out
-    bulk = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9
+    bulk = has_bulk_copies()
     if bulk:
         block_m, num_stages = 64, 2
         box = [BLOCK_SIZE, head_dim]
