@@ -48,7 +48,7 @@ class Tokenizer:
         self._backend = backend
         self.bos_token = _token_text(settings.get("bos_token"))
         self.eos_token = _token_text(settings.get("eos_token"))
-        self._pad_token = _token_text(settings.get("pad_token"))
+        self.pad_token = _token_text(settings.get("pad_token"))
         self.bos_token_id = self.token_id(self.bos_token)
         self.eos_token_id = self.token_id(self.eos_token)
         self._must_add_bos = settings.get("add_bos_token") is True and self.bos_token_id is not None
@@ -81,6 +81,10 @@ class Tokenizer:
     def token_id(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
 
+    def token_texts(self, token_ids: Sequence[int]) -> list[str | None]:
+        """The vocabulary's own spelling of each token, which is not always text; None for ids without a token."""
+        return [self._backend.id_to_token(token_id) for token_id in token_ids]
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; with ``add_special_tokens`` also what the model expects around a text, such as BOS."""
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON can carry, becomes "?"
@@ -100,7 +104,7 @@ class Tokenizer:
         """
         if self._template is None:
             raise ChatError("this model has no chat template; use /v1/completions with a plain prompt")
-        variables = {"bos_token": self.bos_token, "eos_token": self.eos_token, "pad_token": self._pad_token}
+        variables = {"bos_token": self.bos_token, "eos_token": self.eos_token, "pad_token": self.pad_token}
         variables = {name: text or "" for name, text in variables.items()}
         parts, num_chars = [], 0
         try:

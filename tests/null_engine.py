@@ -1,7 +1,8 @@
 """An engine process without a model, for tests of the server: the real loop and frames around a scripted engine.
 
-A request's output is its own prompt, over and over, one token a step. Some prompts begin with an order instead (see
-ORDERS). Text goes through the embedded model's tokenizer, so that what comes out can be read.
+A request's output is its own prompt, over and over, one token a step; at the temperature HOT its seed is added. Some
+prompts begin with an order instead (see ORDERS). Text goes through the embedded model's tokenizer, so that what comes
+out can be read.
 
     python tests/null_engine.py --fd N [--step-ms 2] [--load-s 0] [--fail TEXT] [--max-num-seqs 64]
 """
@@ -24,6 +25,7 @@ from nanodrift.request import SamplingParams  # noqa: E402
 from nanodrift.server.engine_process import run  # noqa: E402
 
 WINDOW, VOCAB_SIZE, EOS_ID, KV_TOKENS = 2048, 2048, 2, 1600
+HOT = 99.0
 CRASH, DIE, SILENT = 2040, 2041, 2042
 ORDERS = {CRASH: "raise in the next step", DIE: "kill -9 itself", SILENT: "never answer"}
 
@@ -85,6 +87,8 @@ class NullEngine:
         if prompt[0] == SILENT:
             return None
         token = prompt[request.num_output % len(prompt)]
+        if params.temperature == HOT:
+            token = 100 + (token + params.seed + request.num_output) % 1000
         request.num_output += 1
         reason = stop_reason = None
         stops = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else {EOS_ID})

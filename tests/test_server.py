@@ -1,98 +1,33 @@
-"""The HTTP server around the null engine (null_engine.py): shapes, streams, errors, keys, clients that leave, death.
-
-The server runs in a thread of this process on a free port, the engine in its own process as always. A completion's text
-is its prompt over and over; a chat's is its last user message and then the end token.
-"""
+"""The HTTP server around the null engine (null_engine.py): shapes, streams, errors, keys, clients that leave, death."""
 
 import asyncio
 import contextlib
 import json
 import socket
-import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from null_engine import CRASH, DIE, KV_TOKENS, SILENT, WINDOW
+from null_engine import CRASH, DIE, HOT, KV_TOKENS, SILENT, WINDOW
+from running_server import (
+    PATIENCE_S,
+    TOKENIZER,
+    complete,
+    echo,
+    error_of,
+    eventually,
+    running,
+    stream,
+    text_of,
+)
 
-from nanodrift.config import SLO, EngineConfig
+from nanodrift.config import SLO
 from nanodrift.server import frames, protocol
-from nanodrift.server.app import Served, build_app
-from nanodrift.server.cli import _load, _Server
-from nanodrift.server.client import EngineClient
-from nanodrift.server.telemetry import Telemetry
 from nanodrift.tokenizer import Tokenizer
-
-NULL_ENGINE = (sys.executable, str(Path(__file__).with_name("null_engine.py")))
-TOKENIZER = Tokenizer.from_folder(Path(__file__).resolve().parents[1] / "nanodrift" / "embedded")
-PATIENCE_S = 20.0  # for things that take milliseconds on an idle machine
-
-
-class RunningServer:
-    """A server and its null engine, both running until ``close``."""
-
-    def __init__(self, *engine_options: str, model: str | None = None, wait: bool = True, **served_options):
-        self._started, self._failure = threading.Event(), None
-        self._arguments = (engine_options, model, wait, served_options)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
-        self._thread.start()
-        assert self._started.wait(PATIENCE_S)
-        if self._failure is not None:
-            raise self._failure
-
-    async def _run(self):
-        engine_options, model, wait, served_options = self._arguments
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        telemetry = Telemetry("echo")
-        self.client = EngineClient(telemetry)
-        self.served = Served(("echo", "second/name"), self.client, telemetry, SLO(), **served_options)
-        listener = socket.create_server(("127.0.0.1", 0))
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)  # so that slow readers are felt
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(build_app(self.served), log_config=None, ws="none", lifespan="off")
-        server = _Server(config)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        try:
-            await self.client.start(model, EngineConfig(), [*NULL_ENGINE, *engine_options])
-            loading = asyncio.create_task(_load(self.client, self.served))
-            if wait:
-                await loading
-        except Exception as error:
-            self._failure = error
-        self._started.set()
-        await self._stop.wait()
-        await self.client.close()
-        server.should_exit = True
-        await asyncio.gather(serving, loading, return_exceptions=True)
-
-    def close(self):
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(PATIENCE_S)
-        assert not self._thread.is_alive()
-        assert self.client.process.poll() is not None  # the engine process is gone, whatever happened
-
-    def gauge(self, name: str) -> float:
-        """One number of /metrics, summed over its labels."""
-        text = httpx.get(f"{self.url}/metrics").text
-        values = [float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"nanodrift:{name}{{")]
-        assert values, f"{name} is not exported"
-        return sum(values)
-
-
-@contextlib.contextmanager
-def running(*engine_options: str, **options):
-    server = RunningServer(*engine_options, **options)
-    try:
-        yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture(scope="module")
@@ -105,54 +40,6 @@ def server():
 def http(server):
     with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
         yield client
-
-
-def eventually(condition) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never happened"
-        time.sleep(0.02)
-
-
-def complete(http, **body):
-    return http.post("/v1/completions", json={"prompt": "the fox ran", "max_tokens": 8} | body)
-
-
-def echo(prompt: str, num_tokens: int) -> str:
-    ids = TOKENIZER.encode(prompt)
-    return TOKENIZER.decode((ids * (num_tokens // len(ids) + 1))[:num_tokens])
-
-
-def stream(http, path: str, **body) -> list[dict]:
-    """The chunks of a streamed answer, after the checks that hold for every stream."""
-    with http.stream("POST", path, json=body | {"stream": True}) as response:
-        assert response.status_code == 200, response.read()
-        assert response.headers["content-type"].startswith("text/event-stream")
-        assert response.headers["cache-control"] == "no-cache"
-        text = "".join(response.iter_text())
-    lines = text.split("\n\n")
-    assert lines[-2:] == ["data: [DONE]", ""] and all(line.startswith("data: ") for line in lines[:-1])
-    chunks = [json.loads(line[len("data: ") :]) for line in lines[:-2]]
-    for key in ("id", "object", "created", "model"):
-        assert len({chunk[key] for chunk in chunks}) == 1
-    choices = [choice for chunk in chunks for choice in chunk["choices"]]
-    for index in {choice["index"] for choice in choices}:
-        reasons = [choice["finish_reason"] for choice in choices if choice["index"] == index]
-        assert reasons[-1] in ("stop", "length") and set(reasons[:-1]) <= {None}
-    return chunks
-
-
-def text_of(chunks: list[dict], index: int = 0) -> str:
-    choices = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
-    return "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices)
-
-
-def error_of(response, status: int) -> dict:
-    assert response.status_code == status, response.text
-    assert set(response.json()) == {"error"}
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["message"]
-    return error
 
 
 # ---- answers -------------------------------------------------------------------------------------------------------
@@ -270,6 +157,73 @@ def test_several_prompts_are_several_choices(http):
     assert [c["text"] for c in as_ids["choices"]] == [TOKENIZER.decode([7, 8]), TOKENIZER.decode([9, 9])]
 
 
+def test_n_choices_of_one_prompt(http):
+    """The null engine adds a request's seed to what it echoes when it is asked to be hot."""
+    body = {"prompt": ["the fox", "tea"], "n": 3, "max_tokens": 10, "seed": 5, "temperature": HOT}
+    answer = complete(http, **body).json()
+    assert [c["index"] for c in answer["choices"]] == list(range(6))
+    texts = [c["text"] for c in answer["choices"]]
+    assert len(set(texts)) == 6  # each choice of a prompt has another seed
+    alone = [complete(http, **body | {"prompt": p, "n": 1}).json()["choices"][0]["text"] for p in body["prompt"]]
+    assert [texts[0], texts[3]] == alone  # the first has the request's own
+    assert complete(http, **body).json()["choices"] == answer["choices"]
+    num_prompt = sum(len(TOKENIZER.encode(prompt)) for prompt in body["prompt"])
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (num_prompt, 60)
+
+    chunks = stream(http, "/v1/completions", **body)
+    assert [text_of(chunks, index) for index in range(6)] == texts
+    order = [choice["index"] for chunk in chunks for choice in chunk["choices"]]
+    assert sorted(order) != order  # they come side by side, not one after the other
+    chat = CHAT | {"n": 2, "max_tokens": 5, "stream_options": {"include_usage": True}}
+    chunks = stream(http, "/v1/chat/completions", **chat)
+    roles = [c["index"] for chunk in chunks for c in chunk["choices"] if c["delta"].get("role") == "assistant"]
+    assert sorted(roles) == [0, 1] and chunks[-1]["usage"]["completion_tokens"] == 10
+    whole = http.post("/v1/chat/completions", json=chat).json()
+    assert [c["message"]["content"] for c in whole["choices"]] == [text_of(chunks, 0), text_of(chunks, 1)]
+    assert chunks[-1]["usage"] == whole["usage"]
+
+
+def test_tokenize_and_back(http):
+    answer = http.post("/tokenize", json={"prompt": "the fox 你好", "return_token_strs": True}).json()
+    assert answer["tokens"] == TOKENIZER.encode("the fox 你好") and answer["count"] == len(answer["tokens"])
+    assert answer["max_model_len"] == WINDOW and len(answer["token_strs"]) == answer["count"]
+    bare = http.post("/tokenize", json={"prompt": "the fox", "add_special_tokens": False, "model": "echo"}).json()
+    assert bare["tokens"] == TOKENIZER.encode("the fox", add_special_tokens=False) and bare["token_strs"] is None
+    chat = http.post("/tokenize", json=CHAT).json()["tokens"]
+    assert chat == TOKENIZER.encode_chat(CHAT["messages"])
+    usage = http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 1}).json()["usage"]
+    assert usage["prompt_tokens"] == len(chat)
+    shorter = http.post("/tokenize", json=CHAT | {"add_generation_prompt": False}).json()["tokens"]
+    assert chat[: len(shorter)] == shorter != chat
+    back = http.post("/detokenize", json={"tokens": bare["tokens"]}).json()
+    assert back == {"prompt": "the fox"}
+    assert http.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+    info = http.get("/tokenizer_info").json()
+    assert info["eos_token"] == TOKENIZER.eos_token and info["chat_template"] == TOKENIZER.chat_template
+    for path, body in [
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}),
+        ("/tokenize", {"prompt": 5}),
+        ("/tokenize", {"messages": []}),
+        ("/detokenize", {}),
+        ("/detokenize", {"tokens": "a"}),
+        ("/detokenize", {"tokens": [-1]}),
+    ]:
+        assert error_of(http.post(path, json=body), 400)
+    assert error_of(http.post("/tokenize", json={"prompt": "a", "model": "nope"}), 404)
+    assert http.post("/detokenize", json={"tokens": [2**30]}).status_code == 200
+
+
+def test_ping_and_load(server, http):
+    assert http.get("/ping").status_code == 200
+    with http.stream("POST", "/v1/completions", json={"prompt": [7], "max_tokens": 1500, "stream": True}) as response:
+        reader = response.iter_bytes()  # kept: httpx hangs up when the iterator goes
+        next(reader)
+        assert httpx.get(f"{server.url}/load").json()["server_load"] >= 1
+    eventually(lambda: http.get("/load").json()["server_load"] == 0)
+    assert http.get("/load").json()["engine"]["num_requests_running"] == 0
+
+
 def test_a_model_without_a_tokenizer_takes_token_ids():
     with running(model="no-tokenizer") as bare, httpx.Client(base_url=bare.url) as http:
         assert complete(http, prompt=[7, 8], max_tokens=3).json()["choices"][0]["text"] == " 7 8 7"
@@ -304,7 +258,7 @@ BAD_COMPLETIONS = [
     ({"prompt": [2**40]}, "`prompt` must be"),
     ({"prompt": [5000]}, "outside the vocabulary"),
     ({"prompt": {"text": "a"}}, "`prompt` must be"),
-    ({"prompt": ["a"] * (protocol.MAX_PROMPTS + 1)}, "the limit is"),
+    ({"prompt": ["a"] * (protocol.MAX_CHOICES + 1)}, "the limit is"),
     ({"max_tokens": 0}, "max_tokens must be at least 1"),
     ({"max_tokens": -5}, "max_tokens must be at least 1"),
     ({"max_tokens": 2.5}, "max_tokens"),
@@ -331,9 +285,17 @@ BAD_COMPLETIONS = [
     ({"stop_token_ids": ["a"]}, "stop_token_ids"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": 5}, "stream_options"),
-    ({"slo_ttft_ms": 0}, "slo_ttft_ms"),
-    ({"slo_ttft_ms": 5.0, "slo_tbt_ms": 7}, None),
-    ({"n": 2}, "`n` is not supported"),
+    ({"slo": {"ttft_ms": 0}}, "slo.ttft_ms"),
+    ({"slo": {"tpot_ms": 5}}, "slo.tpot_ms"),
+    ({"slo": 5}, "slo"),
+    ({"slo": {"ttft_ms": 5.0, "tbt_ms": 7}}, None),
+    ({"n": 0}, "`n`"),
+    ({"n": protocol.MAX_N + 1}, "`n`"),
+    ({"n": 10**12}, "`n`"),
+    ({"n": True}, "`n`"),
+    ({"n": 16, "prompt": ["a"] * 17}, "16 choices each; the limit is"),
+    ({"priority": 5}, "`priority` is not supported"),
+    ({"priority": 0}, None),
     ({"n": 1, "echo": False, "logprobs": None, "presence_penalty": 0, "logit_bias": {}, "best_of": 1}, None),
     ({"logprobs": 0}, "`logprobs` is not supported"),
     ({"echo": True}, "`echo` is not supported"),
@@ -392,7 +354,7 @@ def test_a_chat_that_cannot_be_rendered(server, http, monkeypatch):
         (b'"prompt"', "must be a JSON object"),
         (b'{"prompt": "a", "temperature": NaN}', "temperature"),
         (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
-        (b'{"prompt": "a", "slo_tbt_ms": Infinity}', "slo_tbt_ms"),
+        (b'{"prompt": "a", "slo": {"tbt_ms": Infinity}}', "slo.tbt_ms"),
         (b'{"prompt": "\xff"}', "body"),
         (b"[" * 10_000, "body"),
         (b'{"prompt": ' + b"[" * 10_000, "body"),
@@ -664,6 +626,14 @@ def test_the_engines_end_never_waits_for_a_slow_reader():
 
 
 def test_a_requests_own_slo_fills_up_from_the_servers():
-    body = protocol.CompletionBody(prompt="a", slo_tbt_ms=20)
-    assert body.slo(SLO(1000, 50)) == {"ttft_ms": 1000, "tbt_ms": 20}
-    assert protocol.CompletionBody(prompt="a").slo(SLO()) is None
+    body = protocol.CompletionBody(prompt="a", slo={"tbt_ms": 20})
+    assert body.promise(SLO(1000, 50)) == SLO(1000, 20)
+    assert protocol.CompletionBody(prompt="a").promise(SLO(1000, 50)) == SLO(1000, 50)
+
+
+def test_choices_have_seeds_of_their_own():
+    seeds = [protocol.choice_seed(7, number) for number in range(protocol.MAX_N)]
+    assert seeds[0] == 7 and len(set(seeds)) == protocol.MAX_N
+    assert protocol.choice_seed(None, 3) is None
+    for seed in (-(2**63), 2**63 - 1):
+        assert all(-(2**63) <= protocol.choice_seed(seed, number) < 2**63 for number in range(protocol.MAX_N))

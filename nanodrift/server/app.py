@@ -1,13 +1,12 @@
-"""The routes: OpenAI's completions, chat completions and models, and health, metrics, version.
+"""The routes of OpenAI's API: completions, chat completions, models; health, metrics, version; errors of every route.
 
 ``build_app`` needs an EngineClient, which may still be loading, and later the tokenizer; it starts nothing itself.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -15,11 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from nanodrift import __version__
-from nanodrift.config import SLO
-from nanodrift.request import SamplingParams
-from nanodrift.server.client import EngineClient
 from nanodrift.server.generation import Generation
-from nanodrift.server.guard import MAX_BODY_BYTES, Guard
+from nanodrift.server.guard import Guard
 from nanodrift.server.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     ApiError,
@@ -28,11 +24,12 @@ from nanodrift.server.protocol import (
     CompletionBody,
     CompletionShape,
     GenerationBody,
+    choice_seed,
     describe_invalid,
 )
 from nanodrift.server.replies import EventReply, JsonReply, error_response
-from nanodrift.server.telemetry import Telemetry
-from nanodrift.tokenizer import ChatError, Tokenizer
+from nanodrift.server.served import Served, encode_chat, encode_prompts, in_thread
+from nanodrift.server.tools import add_tools
 
 ERRORS = {
     400: "the request is not valid, or asks for what this server does not do",
@@ -44,36 +41,6 @@ ERRORS = {
     503: "not ready",
 }
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-
-@dataclass
-class Served:
-    """What the routes serve. ``tokenizer`` (None for a model without one) arrives when the engine is ready."""
-
-    names: tuple[str, ...]  # the first is the one answers carry
-    client: EngineClient
-    telemetry: Telemetry
-    slo: SLO
-    root: str | None = None  # what the first name stands for: an alias, a hub id or a folder
-    tokenizer: Tokenizer | None = None
-    is_ready: bool = False
-    api_keys: tuple[str, ...] = ()
-    max_body_bytes: int = MAX_BODY_BYTES
-
-    @property
-    def state(self) -> str:
-        """The client's, except that this side must be ready too."""
-        state = self.client.state
-        return "loading" if state == "ready" and not self.is_ready else state
-
-    @property
-    def max_model_len(self) -> int:
-        return self.client.info["max_model_len"]
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of prompt and output together that one request can reach."""
-        return min(self.max_model_len, self.client.info["kv_tokens"])
 
 
 def build_app(served: Served) -> Guard:
@@ -119,26 +86,28 @@ def build_app(served: Served) -> Guard:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        _check_model(served, name)
+        served.check_model(name)
         return JSONResponse(card(name))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody) -> Response:
         arrival_s = time.perf_counter()
-        _check(served, body)
-        prompts = await _in_thread(_encode_prompts, served.tokenizer, body)
+        served.check(body)
+        prompts = await in_thread(encode_prompts, served.tokenizer, body)
         asked = [body.max_tokens] * len(prompts)
-        limits = [_max_tokens(served, prompt, asked[0], DEFAULT_COMPLETION_TOKENS) for prompt in prompts]
+        limits = [served.max_tokens(prompt, asked[0], DEFAULT_COMPLETION_TOKENS) for prompt in prompts]
         return _reply(served, CompletionShape, body, prompts, limits, arrival_s)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody) -> Response:
         arrival_s = time.perf_counter()
-        _check(served, body)
-        prompt = await _in_thread(_encode_chat, served.tokenizer, body)
+        served.check(body)
+        prompt = await in_thread(encode_chat, served.tokenizer, body)
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        limit = _max_tokens(served, prompt, asked, served.max_model_len)
+        limit = served.max_tokens(prompt, asked, served.max_model_len)
         return _reply(served, ChatShape, body, [prompt], [limit], arrival_s)
+
+    add_tools(app, served)
 
     @app.exception_handler(ApiError)
     async def on_api_error(request, error: ApiError) -> Response:
@@ -161,81 +130,8 @@ def build_app(served: Served) -> Guard:
     return Guard(app, served.api_keys, served.max_body_bytes)
 
 
-def _check(served: Served, body: GenerationBody) -> None:
-    """Raises ApiError if the server cannot serve now, or not this body."""
-    state = served.state
-    if state != "ready":
-        message = "the model is still loading" if state == "loading" else "the server is stopping"
-        raise ApiError(503, message, kind="server_error", code=f"engine_{state}", headers={"Retry-After": "1"})
-    if body.model is not None:
-        _check_model(served, body.model)
-    body.check_extra()
-
-
-def _check_model(served: Served, name: str) -> None:
-    if name not in served.names:
-        known = ", ".join(served.names)
-        raise ApiError(
-            404,
-            f"the model {name[:200]!r} does not exist here; this server has {known}",
-            param="model",
-            code="model_not_found",
-        )
-
-
-async def _in_thread(function, *arguments):
-    """Tokenising and templates take time that belongs to the other requests' streams."""
-    try:
-        return await asyncio.to_thread(function, *arguments)
-    except ChatError as error:
-        raise ApiError(400, str(error), param="messages") from error
-
-
-def _encode_prompts(tokenizer: Tokenizer | None, body: CompletionBody) -> list[list[int]]:
-    if tokenizer is None and body.stop:
-        raise ApiError(400, "this model has no tokenizer: stop strings are not possible", param="stop")
-    encoded = []
-    for prompt in body.prompts():
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise ApiError(400, "this model has no tokenizer: send the prompt as token ids", param="prompt")
-            prompt = tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
-        if not prompt:
-            raise ApiError(400, "the prompt is empty: at least one token is needed", param="prompt")
-        encoded.append(prompt)
-    return encoded
-
-
-def _encode_chat(tokenizer: Tokenizer | None, body: ChatBody) -> list[int]:
-    if tokenizer is None:
-        raise ApiError(400, "this model has no tokenizer: use /v1/completions with token ids", param="messages")
-    return tokenizer.encode_chat(body.plain_messages())
-
-
-def _max_tokens(served: Served, prompt: list[int], asked: int | None, default: int) -> int:
-    """Output tokens the request may have. Raises ApiError, naming both numbers, if the window is too small."""
-    window, num_prompt = served.max_model_len, len(prompt)
-    room = served.most_tokens - num_prompt
-    if asked is not None and num_prompt + asked > window:
-        raise ApiError(
-            400,
-            f"This model's maximum context length is {window} tokens. However, you requested {num_prompt + asked} "
-            f"tokens ({num_prompt} in the prompt, {asked} for the completion). Shorten the prompt or lower max_tokens.",
-            code="context_length_exceeded",
-        )
-    if room < 1:
-        raise ApiError(
-            400,
-            f"This model's maximum context length is {served.most_tokens} tokens. However, your prompt has "
-            f"{num_prompt} tokens, which leaves no room for an answer. Shorten the prompt.",
-            code="context_length_exceeded",
-        )
-    return asked if asked is not None else min(default, room)
-
-
 def _reply(served: Served, shape, body: GenerationBody, prompts, limits: list[int], arrival_s: float) -> Response:
-    first = body.sampling(limits[0])
-    params: list[SamplingParams] = [replace(first, max_tokens=limit) for limit in limits]
+    first, n = body.sampling(limits[0]), body.n or 1
     served.telemetry.on_prompt(sum(map(len, prompts)))
     generation = Generation(
         served.client,
@@ -243,9 +139,9 @@ def _reply(served: Served, shape, body: GenerationBody, prompts, limits: list[in
         shape,
         body.model or served.names[0],
         body,
-        prompts,
-        params,
-        body.slo(served.slo),
+        [prompt for prompt in prompts for _ in range(n)],
+        [replace(first, max_tokens=limit, seed=choice_seed(first.seed, i)) for limit in limits for i in range(n)],
+        body.promise(served.slo),
         arrival_s,
     )
     if body.stream:

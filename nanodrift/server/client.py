@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 
-from nanodrift.config import EngineConfig
+from nanodrift.config import SLO, EngineConfig
 from nanodrift.server.frames import READ_BYTES, FrameDecoder, encode
 
 ENGINE_COMMAND = (sys.executable, "-m", "nanodrift.server.engine_process")
@@ -111,7 +111,7 @@ class EngineClient:
         prompt: list[int],
         params: dict,
         *,
-        slo: dict | None = None,
+        slo: SLO | None = None,
         arrival_s: float | None = None,
     ) -> AsyncIterator[Output]:
         """Tokens as they come, the last Output with a finish_reason. Closing the iterator early frees the request.
@@ -122,7 +122,8 @@ class EngineClient:
             raise EngineDead(self.death or f"the engine is {self.state}")
         arrival_s = time.perf_counter() if arrival_s is None else arrival_s
         stream = self._streams[request_id] = _Stream(arrival_s)
-        body = {"id": request_id, "prompt": prompt, "params": params, "slo": slo, "arrival_s": arrival_s}
+        body = {"id": request_id, "prompt": prompt, "params": params, "arrival_s": arrival_s}
+        body["slo"] = asdict(slo) if slo is not None else None
         self._send(["add", body])
         try:
             finish_reason = None
@@ -132,6 +133,11 @@ class EngineClient:
                 yield output
         finally:
             self.abort(request_id)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests the engine has not finished, as far as is known here."""
+        return len(self._streams)
 
     def abort(self, request_id: str, reason: str = "abort", stop_reason: str | None = None) -> None:
         """Ends a request that is still running; what has ended already is left alone."""

@@ -1,7 +1,8 @@
 """From token events to an answer: one HTTP request, its choices, their text, as one JSON body or as an event stream.
 
-Each prompt of the request becomes one engine request and one choice. Knows nothing about sockets: ``whole`` returns a
-body and ``events`` yields the lines of a stream; closing the iterator frees what the request holds in the engine.
+Each prompt of the request becomes ``n`` engine requests and ``n`` choices. Knows nothing about sockets: ``whole``
+returns a body and ``events`` yields the lines of a stream; closing the iterator frees what the request holds in the
+engine.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 
+from nanodrift.config import SLO
 from nanodrift.request import SamplingParams
 from nanodrift.server.client import EngineClient, EngineDead, RequestRefused
 from nanodrift.server.protocol import ApiError, ChatShape, CompletionShape, GenerationBody, usage
@@ -57,9 +59,10 @@ class Generation:
         body: GenerationBody,
         prompts: list[list[int]],
         params: list[SamplingParams],
-        slo: dict | None,
+        slo: SLO,
         arrival_s: float,
     ):
+        """``prompts`` and ``params`` have an entry for each choice: the ``n`` choices of a prompt stand together."""
         self.request_id = shape.prefix + uuid.uuid4().hex
         self._client, self._tokenizer, self._shape, self._body = client, tokenizer, shape, body
         self._prompts, self._params, self._slo, self._arrival_s = prompts, params, slo, arrival_s
@@ -107,7 +110,9 @@ class Generation:
         yield DONE
 
     def _usage(self) -> dict:
-        return usage(sum(map(len, self._prompts)), sum(self._num_tokens), sum(self._num_cached))
+        """A prompt counts once, however many choices it has."""
+        n = self._body.n or 1
+        return usage(sum(map(len, self._prompts[::n])), sum(self._num_tokens), sum(self._num_cached[::n]))
 
     async def _merged(self) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all choices as they come. A choice that is not read holds back only itself."""

@@ -16,15 +16,18 @@ from nanodrift.request import SamplingParams
 
 log = logging.getLogger("nanodrift.server")
 
-MAX_PROMPTS = 256  # in one request
+MAX_CHOICES = 256  # of one request: prompts times n
+MAX_N = 16
+MAX_MESSAGES = 4096
+MAX_PARTS = 256  # of one message
 MAX_STOP_CHARS = 1000
 MAX_TOKEN_ID = 2**31 - 1
+SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: multiples of it lie far apart
 DEFAULT_COMPLETION_TOKENS = 16
 ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"developer": "system"}
 
 # Known fields that are not honoured yet, each with the values that ask for nothing. Null is always one of them.
 NOT_HONOURED: dict[str, tuple] = {
-    "n": (1,),
     "best_of": (1,),
     "use_beam_search": (False,),
     "logprobs": (False,),
@@ -100,12 +103,22 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
+class SloBody(BaseModel):
+    """A promise of the request's own; what it leaves out is the server's."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    ttft_ms: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    tbt_ms: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+
+
 class GenerationBody(BaseModel):
     """What both kinds of completion share. A null means the default."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
+    n: Annotated[int | None, Field(ge=1, le=MAX_N)] = None
     max_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
@@ -120,8 +133,7 @@ class GenerationBody(BaseModel):
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    slo_ttft_ms: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
-    slo_tbt_ms: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    slo: SloBody | None = None
 
     def check_extra(self) -> None:
         """Refuses known fields that ask for something this server does not do. Raises ApiError."""
@@ -154,11 +166,11 @@ class GenerationBody(BaseModel):
             raise ApiError(400, f"a stop string may have at most {MAX_STOP_CHARS} characters", param="stop")
         return params
 
-    def slo(self, default: SLO) -> dict | None:
-        """The request's own promise, or None for the server's."""
-        if self.slo_ttft_ms is None and self.slo_tbt_ms is None:
-            return None
-        return {"ttft_ms": self.slo_ttft_ms or default.ttft_ms, "tbt_ms": self.slo_tbt_ms or default.tbt_ms}
+    def promise(self, default: SLO) -> SLO:
+        """The request's own SLO, filled up from the server's."""
+        if self.slo is None:
+            return default
+        return SLO(self.slo.ttft_ms or default.ttft_ms, self.slo.tbt_ms or default.tbt_ms)
 
 
 class CompletionBody(GenerationBody):
@@ -172,9 +184,21 @@ class CompletionBody(GenerationBody):
             prompt = [prompt]
         if not prompt:
             raise ApiError(400, "`prompt` is an empty list: at least one prompt is needed", param="prompt")
-        if len(prompt) > MAX_PROMPTS:
-            raise ApiError(400, f"`prompt` holds {len(prompt)} prompts; the limit is {MAX_PROMPTS}", param="prompt")
+        if len(prompt) * (self.n or 1) > MAX_CHOICES:
+            raise ApiError(
+                400,
+                f"`prompt` holds {len(prompt)} prompts with {self.n or 1} choices each; the limit is {MAX_CHOICES}",
+                param="prompt",
+            )
         return prompt
+
+
+def choice_seed(seed: int | None, number: int) -> int | None:
+    """The seed of a request's choice ``number``: the first has the request's own, the others numbers far from it."""
+    if seed is None or number == 0:
+        return seed  # None: the engine counts up
+    mixed = (seed + number * SEED_STEP) % 2**64
+    return mixed - 2**64 if mixed >= 2**63 else mixed
 
 
 class ContentPart(BaseModel):
@@ -195,11 +219,34 @@ class ChatBody(GenerationBody):
     messages: list[Message]
     max_completion_tokens: int | None = None
 
-    def plain_messages(self) -> list[dict[str, str]]:
-        """Messages as a chat template wants them: a known role, and text."""
-        if not self.messages:
-            raise ApiError(400, "`messages` is an empty list: at least one message is needed", param="messages")
-        return [{"role": _role(m.role), "content": _text(m)} for m in self.messages]
+
+class TokenizeBody(BaseModel):
+    """Either a text or a chat, as vLLM's /tokenize takes them."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    model: str | None = None
+    tokens: TokenIds
+
+
+def plain_messages(messages: list[Message]) -> list[dict[str, str]]:
+    """Messages as a chat template wants them: a known role, and text. Raises ApiError."""
+    if not messages:
+        raise ApiError(400, "`messages` is an empty list: at least one message is needed", param="messages")
+    if len(messages) > MAX_MESSAGES:
+        raise ApiError(400, f"a chat may have at most {MAX_MESSAGES} messages, not {len(messages)}", param="messages")
+    return [{"role": _role(m.role), "content": _text(m)} for m in messages]
 
 
 def _role(role: str) -> str:
@@ -218,6 +265,8 @@ def _text(message: Message) -> str:
         return ""
     if isinstance(content, str):
         return content
+    if len(content) > MAX_PARTS:
+        raise ApiError(400, f"a message may have at most {MAX_PARTS} parts, not {len(content)}", param="messages")
     for part in content:
         if part.type != "text" or part.text is None:
             raise ApiError(400, f"message content of type {part.type[:40]!r} is not supported: text only")

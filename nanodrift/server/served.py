@@ -1,0 +1,119 @@
+"""What the routes share: the names, the engine, the tokenizer; whether it may serve now; prompts to token ids.
+
+Knows no route and no socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from nanodrift.config import SLO
+from nanodrift.server.client import EngineClient
+from nanodrift.server.guard import MAX_BODY_BYTES
+from nanodrift.server.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, plain_messages
+from nanodrift.server.telemetry import Telemetry
+from nanodrift.tokenizer import ChatError, Tokenizer
+
+
+@dataclass
+class Served:
+    """What the routes serve. ``tokenizer`` (None for a model without one) arrives when the engine is ready."""
+
+    names: tuple[str, ...]  # the first is the one answers carry
+    client: EngineClient
+    telemetry: Telemetry
+    slo: SLO
+    root: str | None = None  # what the first name stands for: an alias, a hub id or a folder
+    tokenizer: Tokenizer | None = None
+    is_ready: bool = False
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = MAX_BODY_BYTES
+
+    @property
+    def state(self) -> str:
+        """The client's, except that this side must be ready too."""
+        state = self.client.state
+        return "loading" if state == "ready" and not self.is_ready else state
+
+    @property
+    def max_model_len(self) -> int:
+        return self.client.info["max_model_len"]
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of prompt and output together that one request can reach."""
+        return min(self.max_model_len, self.client.info["kv_tokens"])
+
+    def check(self, body: GenerationBody) -> None:
+        """Raises ApiError if the server cannot serve now, or not this body."""
+        self.check_ready()
+        if body.model is not None:
+            self.check_model(body.model)
+        body.check_extra()
+
+    def check_ready(self) -> None:
+        state = self.state
+        if state != "ready":
+            message = "the model is still loading" if state == "loading" else "the server is stopping"
+            raise ApiError(503, message, kind="server_error", code=f"engine_{state}", headers={"Retry-After": "1"})
+
+    def check_model(self, name: str) -> None:
+        if name not in self.names:
+            known = ", ".join(self.names)
+            raise ApiError(
+                404,
+                f"the model {name[:200]!r} does not exist here; this server has {known}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def max_tokens(self, prompt: list[int], asked: int | None, default: int) -> int:
+        """Output tokens the request may have. Raises ApiError, naming both numbers, if the window is too small."""
+        window, num_prompt = self.max_model_len, len(prompt)
+        room = self.most_tokens - num_prompt
+        if asked is not None and num_prompt + asked > window:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {window} tokens. However, you requested {num_prompt + asked} "
+                f"tokens ({num_prompt} in the prompt, {asked} for the completion). Shorten the prompt or lower "
+                "max_tokens.",
+                code="context_length_exceeded",
+            )
+        if room < 1:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {self.most_tokens} tokens. However, your prompt has "
+                f"{num_prompt} tokens, which leaves no room for an answer. Shorten the prompt.",
+                code="context_length_exceeded",
+            )
+        return asked if asked is not None else min(default, room)
+
+
+async def in_thread(function, *arguments):
+    """Tokenising and templates take time that belongs to the other requests' streams."""
+    try:
+        return await asyncio.to_thread(function, *arguments)
+    except ChatError as error:
+        raise ApiError(400, str(error), param="messages") from error
+
+
+def encode_prompts(tokenizer: Tokenizer | None, body: CompletionBody) -> list[list[int]]:
+    if tokenizer is None and body.stop:
+        raise ApiError(400, "this model has no tokenizer: stop strings are not possible", param="stop")
+    encoded = []
+    for prompt in body.prompts():
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ApiError(400, "this model has no tokenizer: send the prompt as token ids", param="prompt")
+            prompt = tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+        if not prompt:
+            raise ApiError(400, "the prompt is empty: at least one token is needed", param="prompt")
+        encoded.append(prompt)
+    return encoded
+
+
+def encode_chat(tokenizer: Tokenizer | None, body: ChatBody) -> list[int]:
+    if tokenizer is None:
+        raise ApiError(400, "this model has no tokenizer: use /v1/completions with token ids", param="messages")
+    return tokenizer.encode_chat(plain_messages(body.messages))

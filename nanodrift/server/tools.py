@@ -1,0 +1,64 @@
+"""The routes beside OpenAI's: tokenising and back in vLLM's shapes, and what a load balancer asks.
+
+``add_tools`` adds them to the application.
+"""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.responses import JSONResponse, Response
+
+from nanodrift.server.protocol import ApiError, DetokenizeBody, TokenizeBody, plain_messages
+from nanodrift.server.served import Served, in_thread
+from nanodrift.tokenizer import Tokenizer
+
+
+def add_tools(app: FastAPI, served: Served) -> None:
+    client = served.client
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> Response:
+        tokenizer = _tokenizer(served, body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "send either `prompt` or `messages`")
+        tokens = await in_thread(_encode, tokenizer, body)
+        answer = {"count": len(tokens), "max_model_len": served.max_model_len, "tokens": tokens, "token_strs": None}
+        if body.return_token_strs:
+            answer["token_strs"] = tokenizer.token_texts(tokens)
+        return JSONResponse(answer)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> Response:
+        tokenizer = _tokenizer(served, body.model)
+        return JSONResponse({"prompt": await in_thread(tokenizer.decode, body.tokens, False)})
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        tokenizer = _tokenizer(served, None)
+        names = ("bos_token", "eos_token", "pad_token", "chat_template", "vocab_size")
+        return JSONResponse({name: getattr(tokenizer, name) for name in names})
+
+    @app.get("/ping")
+    async def ping() -> Response:
+        return Response(status_code=200 if served.state == "ready" else 503)
+
+    @app.get("/load")
+    async def load() -> Response:
+        return JSONResponse({"server_load": client.num_in_flight, "engine": client.stats})
+
+
+def _tokenizer(served: Served, name: str | None) -> Tokenizer:
+    """Raises ApiError if there is none, or not of the model ``name``."""
+    served.check_ready()
+    if name is not None:
+        served.check_model(name)
+    if served.tokenizer is None:
+        raise ApiError(400, "this model has no tokenizer")
+    return served.tokenizer
+
+
+def _encode(tokenizer: Tokenizer, body: TokenizeBody) -> list[int]:
+    if body.messages is None:
+        return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+    text = tokenizer.render_chat(plain_messages(body.messages), body.add_generation_prompt is not False)
+    return tokenizer.encode(text, add_special_tokens=body.add_special_tokens is True)
