@@ -44,7 +44,8 @@ class CpuExecutor:
         rows = Rows(num_rows, max_model_len, CPU)
         kv = KVPool(model.config, num_blocks, model.dtype, CPU)
         lane = LaneResources(num_sms=1, deterministic=deterministic)
-        self.runner = Runner(model, kv, rows, lane, max_prefill_tokens + num_rows)
+        self._prefill = Runner(model, kv, rows, lane, max_prefill_tokens + num_rows)
+        self._decode = Runner(model, kv, rows, lane, num_rows)
         self._num_tickets = 0
         self._done: list[Completion] = []
 
@@ -53,11 +54,11 @@ class CpuExecutor:
         self._num_tickets += 1
         ticket = Ticket(self._num_tickets, work, partition, launched_s=self.clock.now())
         if isinstance(work, PrefillWork):
-            token_ids = self.runner.prefill(work, _upload)
+            token_ids = self._prefill.prefill(work, _upload)
         elif isinstance(work, FusedWork):
-            token_ids = self.runner.fused(work, _upload)
+            token_ids = self._prefill.fused(work, _upload)
         else:
-            token_ids = self.runner.decode(work, _upload)
+            token_ids = self._decode.decode(work, _upload)
         token_ids = token_ids.tolist() if token_ids is not None else []
         tokens = tuple(zip(work.sampled_ids, token_ids, strict=True))
         self._done.append(Completion(ticket, self.clock.now(), tokens))
@@ -70,7 +71,7 @@ class CpuExecutor:
         return done
 
     def close(self) -> None:
-        self.runner = None
+        self._prefill = self._decode = None
 
 
 def _upload(ints: array) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """The executor on a GPU: work is enqueued on streams, completions are events that are polled, nothing blocks the host.
 
-Decode steps are CUDA graphs, one per batch bucket, captured largest first into one memory pool; tokens, positions and
-block tables stay on the device, so a step can be launched before the host has read the one before it. Prefill pieces
-are launched operator by operator. Both lanes have the whole chip here and share one stream, hence run in launch order.
-After start-up nothing is compiled or captured, and all memory that grows with the work is preallocated.
+Each lane has its memory (runner.py), and a stream in every partition; on the whole chip both share one stream, hence
+take turns in launch order. Decode steps are CUDA graphs, one per (partition, batch bucket), captured largest first into
+one memory pool; tokens, positions and block tables stay on the device, so a step can be launched before the host has
+read the one before it. Prefill pieces are launched operator by operator. A lane that changes its partition goes on
+behind its own last work, and behind the other lane's where that still holds SMs it now wants: a wait between streams,
+never on the host. After start-up nothing is compiled or captured, and all memory that grows with the work is there.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from nanodrift.config import BLOCK_SIZE, ConfigError
 from nanodrift.executor import WallClock
 from nanodrift.model import KVPool, Model
 from nanodrift.ops import LaneResources
+from nanodrift.partition import split_device
 from nanodrift.plan import (
     Completion,
     DecodeWork,
     FusedWork,
+    Lane,
     Partition,
     PrefillSlice,
     PrefillWork,
@@ -104,8 +108,17 @@ class _InFlight:
     tokens: torch.Tensor | None  # pinned; valid behind the event
 
 
+@dataclass
+class _LastLaunch:
+    """Where a lane's newest work runs: what comes next may have to wait for it."""
+
+    event: torch.cuda.Event
+    stream: torch.cuda.Stream
+    num_sms: int
+
+
 class GpuExecutor:
-    """Both lanes on the whole chip, one stream, one KV pool sized from what memory is left."""
+    """Two lanes over one KV pool sized from what memory is left; partitions of ``decode_sms`` beside the whole chip."""
 
     def __init__(
         self,
@@ -117,6 +130,7 @@ class GpuExecutor:
         memory_fraction: float = 0.9,
         num_blocks: int | None = None,
         deterministic: bool = False,
+        decode_sms: tuple[int, ...] = (),
         report: Callable[[str, float], None] = lambda phase, done: None,
     ):
         self.clock = WallClock()
@@ -124,20 +138,29 @@ class GpuExecutor:
         torch.cuda.set_device(device)
         properties = torch.cuda.get_device_properties(device)
         num_sms = properties.multi_processor_count
-        self.partitions = (Partition(prefill_sms=num_sms, decode_sms=num_sms, is_shared=True),)
         self.num_layers, self.num_rows = model.config.num_layers, num_rows
         self.max_prefill_tokens, self.device_name = max_prefill_tokens, properties.name
-        self.stream = torch.cuda.Stream(device)
+        self.num_sms = num_sms
+        self.split = split_device(device, decode_sms)
+        whole_chip, stream = Partition(num_sms, num_sms, is_shared=True), torch.cuda.Stream(device)
+        self._streams = {whole_chip: {Lane.PREFILL: stream, Lane.DECODE: stream}} | {
+            one.partition: {Lane.PREFILL: one.prefill_stream, Lane.DECODE: one.decode_stream}
+            for one in self.split.streams
+        }
+        self.partitions = tuple(self._streams)
 
-        max_tokens = max_prefill_tokens + num_rows  # a fused step holds both
         rows = Rows(num_rows, max_model_len, device)
-        lane = LaneResources(num_sms, deterministic, model.new_scratch(max_tokens, (num_sms,)))
-        self.runner = Runner(model, None, rows, lane, max_tokens)
-        num_ints = 4 * max_tokens + 64 * num_rows + num_rows * rows.max_blocks
-        self._prefill_stages = deque(Stage(num_ints, num_rows, device) for _ in range(NUM_STAGES))
-        self._decode_stages = deque(Stage(num_ints, num_rows, device) for _ in range(NUM_STAGES))
+        max_tokens = {Lane.PREFILL: max_prefill_tokens + num_rows, Lane.DECODE: num_rows}  # a fused step holds both
+        self._resources = {lane: self._lane_resources(model, lane, n, deterministic) for lane, n in max_tokens.items()}
+        self._runners = {
+            lane: Runner(model, None, rows, self._resources[lane][num_sms], n) for lane, n in max_tokens.items()
+        }
+        num_ints = 4 * max_tokens[Lane.PREFILL] + 64 * num_rows + num_rows * rows.max_blocks
+        self._stages = {lane: deque(Stage(num_ints, num_rows, device) for _ in range(NUM_STAGES)) for lane in Lane}
         self.num_blocks = num_blocks or _blocks_that_fit(model, rows, memory_fraction)
-        self.runner.kv = KVPool(model.config, self.num_blocks, model.dtype, device)
+        kv = KVPool(model.config, self.num_blocks, model.dtype, device)
+        for runner in self._runners.values():
+            runner.kv = kv
 
         self._buckets = sorted({min(b, num_rows) for b in BATCH_BUCKETS if b < num_rows} | {num_rows})
         self._row_ids = torch.zeros(2 * num_rows, dtype=torch.int32, device=device)
@@ -145,11 +168,12 @@ class GpuExecutor:
         self._positions = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self._context_lens = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self._indices = torch.arange(num_rows, dtype=torch.int32, device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[Partition, int], torch.cuda.CUDAGraph] = {}
         self._rows_on_device: tuple[int, tuple[int, ...]] | None = None  # (bucket, rows) of the last decode step
         self._num_tickets = 0
-        self._in_flight: deque[_InFlight] = deque()
-        with torch.inference_mode(), torch.cuda.stream(self.stream):
+        self._in_flight = {lane: deque() for lane in Lane}  # a fused step stands in the prefill lane's
+        self._last: dict[Lane, _LastLaunch] = {}
+        with torch.inference_mode():
             self._warm_up(report)
             self._capture(report)
         torch.cuda.synchronize(device)
@@ -160,46 +184,80 @@ class GpuExecutor:
     def launch(self, work: Work, partition: Partition) -> Ticket:
         self._num_tickets += 1
         ticket = Ticket(self._num_tickets, work, partition, launched_s=self.clock.now())
-        with torch.cuda.stream(self.stream):
+        if isinstance(work, FusedWork):
+            partition = self.partitions[0]  # its products use every SM
+        lane = work.lanes[0]
+        stream, num_sms = self._streams[partition][lane], _lane_sms(partition, lane)
+        self._wait_for_sms(stream, num_sms, work.lanes)
+        runner, stage = self._runners[lane], self._stage_of(work)
+        runner.lane = self._resources[lane][num_sms]
+        answer = None
+        with torch.cuda.stream(stream):
             if isinstance(work, DecodeWork):
-                stage = _next(self._decode_stages)
-                token_ids = self._decode(work, stage)
+                token_ids = self._decode(runner, work, partition, stage)
             elif isinstance(work, FusedWork):
-                stage = _next(self._prefill_stages)
-                token_ids = self.runner.fused(work, stage.upload)
-            else:  # the pieces of a chunk share a stage: its metadata must outlive them all
-                stage = _next(self._prefill_stages) if work.first_layer == 0 else self._prefill_stages[-1]
-                token_ids = self.runner.prefill(work, stage.upload)
-            answer = None
+                token_ids = runner.fused(work, stage.upload)
+            else:
+                token_ids = runner.prefill(work, stage.upload)
             if token_ids is not None:
                 answer = stage.tokens[: token_ids.shape[0]]
                 answer.copy_(token_ids, non_blocking=True)
             stage.event = torch.cuda.Event()
             stage.event.record()
-        self._in_flight.append(_InFlight(ticket, stage.event, answer))
+        for occupied in work.lanes:
+            self._last[occupied] = _LastLaunch(stage.event, stream, num_sms)
+        self._in_flight[lane].append(_InFlight(ticket, stage.event, answer))
         return ticket
 
     def wait(self, until_s: float | None) -> list[Completion]:
         while True:
             done = []
-            while self._in_flight and self._in_flight[0].event.query():
-                done.append(self._complete(self._in_flight.popleft()))
+            for queue in self._in_flight.values():
+                while queue and queue[0].event.query():
+                    done.append(self._complete(queue.popleft()))
+            is_idle = not any(self._in_flight.values())
             now_s = self.clock.now()
-            if done or (until_s is not None and now_s >= until_s) or (until_s is None and not self._in_flight):
-                return done
-            time.sleep(POLL_S if self._in_flight else until_s - now_s)
+            if done or (until_s is not None and now_s >= until_s) or (until_s is None and is_idle):
+                return sorted(done, key=lambda completion: completion.ticket.number)
+            time.sleep(until_s - now_s if is_idle else POLL_S)
 
     def close(self) -> None:
-        torch.cuda.synchronize(self.stream.device)
+        torch.cuda.synchronize()
         self._graphs.clear()
-        self.runner = None
+        self._runners.clear()
+        self._resources.clear()
         gc.collect()
         torch.cuda.empty_cache()
 
+    # ---- lanes and partitions ----------------------------------------------------------------------------------
+
+    def _lane_resources(
+        self, model: Model, lane: Lane, max_tokens: int, deterministic: bool
+    ) -> dict[int, LaneResources]:
+        """What a lane's kernels get in each partition: its SM count there, over one scratch of the lane's."""
+        counts = {_lane_sms(partition, lane) for partition in self.partitions}
+        scratch = model.new_scratch(max_tokens, tuple(sorted(counts)))
+        return {num_sms: LaneResources(num_sms, deterministic, scratch) for num_sms in counts}
+
+    def _stage_of(self, work: Work) -> Stage:
+        """The pieces of a chunk share a stage: its metadata must outlive them all."""
+        stages = self._stages[work.lanes[0]]
+        if isinstance(work, PrefillWork) and work.first_layer > 0:
+            return stages[-1]
+        stages.rotate(-1)
+        return stages[-1].begin()
+
+    def _wait_for_sms(self, stream: torch.cuda.Stream, num_sms: int, lanes: tuple[Lane, ...]) -> None:
+        """Puts ``stream`` behind what came before it on these lanes, and behind work that holds SMs it wants."""
+        for lane, last in self._last.items():
+            has_room = lane not in lanes and num_sms + last.num_sms <= self.num_sms
+            if last.stream != stream and not has_room:
+                stream.wait_event(last.event)
+
     # ---- decode in graphs --------------------------------------------------------------------------------------
 
-    def _decode(self, work: DecodeWork, stage: Stage) -> torch.Tensor:
-        runner, num = self.runner, len(work.rows)
+    def _decode(self, runner: Runner, work: DecodeWork, partition: Partition, stage: Stage) -> torch.Tensor:
+        num = len(work.rows)
         runner.rows.assign_blocks(work.new_blocks, stage.upload)
         bucket = next(b for b in self._buckets if b >= num)
         if self._rows_on_device != (bucket, work.rows):
@@ -207,13 +265,13 @@ class GpuExecutor:
             row_ids = array("i", work.rows + (-1,) * padding + work.rows + (runner.rows.spare_row,) * padding)
             stage.copy(row_ids, self._row_ids[: 2 * bucket])
             self._rows_on_device = (bucket, work.rows)
-        self._graphs[bucket].replay()
+        self._graphs[partition, bucket].replay()
         logits, positions = runner.logits[:num], self._positions[:num]
         return runner.sample(logits, self._row_ids[:num], positions, work.has_filter, work.has_ban)
 
-    def _decode_pass(self, bucket: int) -> None:
+    def _decode_pass(self, runner: Runner, bucket: int) -> None:
         """What a graph holds: rows -> last tokens and positions -> logits. Sampling follows outside of it."""
-        runner, rows = self.runner, self.runner.rows
+        rows = runner.rows
         row_ids, gather_ids = self._row_ids[: 2 * bucket].view(2, bucket)  # [B] -1 for padding; [B] spare for padding
         token_ids, positions = self._token_ids[:bucket], self._positions[:bucket]  # [B]
         context_lens = self._context_lens[:bucket]  # [B]
@@ -222,47 +280,62 @@ class GpuExecutor:
         torch.add(positions, 1, out=context_lens)
         indices = self._indices[:bucket]
         batch = Batch(token_ids, positions, row_ids, indices, rows.block_table, decode_context_lens=context_lens)
-        runner.model.embed(batch, runner.decode_state, runner.lane)
-        runner.model.run_layers(batch, runner.decode_state, runner.kv, 0, runner.num_layers, runner.lane)
-        runner.model.head(batch, runner.decode_state, runner.lane, out=runner.logits[:bucket])
+        runner.model.embed(batch, runner.state, runner.lane)
+        runner.model.run_layers(batch, runner.state, runner.kv, 0, runner.num_layers, runner.lane)
+        runner.model.head(batch, runner.state, runner.lane, out=runner.logits[:bucket])
 
     def _capture(self, report: Callable[[str, float], None]) -> None:
-        """One graph per bucket, largest first, so that the smaller ones fit into its memory."""
-        pool = torch.cuda.graph_pool_handle()
+        """One graph per partition and bucket, largest first, so that the others fit into its memory.
+
+        They share one pool, since only one decode step runs at a time.
+        """
+        runner, pool = self._runners[Lane.DECODE], torch.cuda.graph_pool_handle()
+        wanted = [(partition, bucket) for bucket in reversed(self._buckets) for partition in self.partitions]
         gc.collect()
         gc.disable()  # a compiled kernel that is collected during capture breaks it
         try:
-            for done, bucket in enumerate(reversed(self._buckets)):
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
-                    self._decode_pass(bucket)
-                self._graphs[bucket] = graph
-                report("graphs", (done + 1) / len(self._buckets))
+            for done, (partition, bucket) in enumerate(wanted):
+                runner.lane = self._resources[Lane.DECODE][partition.decode_sms]
+                stream, graph = self._streams[partition][Lane.DECODE], torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    self._decode_pass(runner, bucket)
+                self._graphs[partition, bucket] = graph
+                report("graphs", (done + 1) / len(wanted))
         finally:
             gc.enable()
 
     def _warm_up(self, report: Callable[[str, float], None]) -> None:
-        """Runs every kernel at every size that has its own binary. What it writes goes to the spare row's one block."""
-        runner = self.runner
-        spare, params = runner.rows.spare_row, RowParams(top_k=1, min_position=self.max_prefill_tokens)
+        """Runs every kernel at every size that has its own binary, in every partition, before anything is captured."""
+        for done, partition in enumerate(self.partitions):
+            for lane, warm_up in ((Lane.PREFILL, self._warm_up_prefill), (Lane.DECODE, self._warm_up_decode)):
+                runner, stream = self._runners[lane], self._streams[partition][lane]
+                runner.lane = self._resources[lane][_lane_sms(partition, lane)]
+                with torch.cuda.stream(stream):
+                    warm_up(runner, lambda share, base=done: report("kernels", (base + share) / len(self.partitions)))
+                stream.synchronize()
+
+    def _warm_up_prefill(self, runner: Runner, report: Callable[[float], None]) -> None:
+        """What it writes goes to the spare block."""
+        params = RowParams(top_k=1, min_position=self.max_prefill_tokens)
         sizes = [n for n in WARM_UP_TOKENS if n < self.max_prefill_tokens] + [self.max_prefill_tokens]
-        num_runs = len(sizes) + len(self._buckets)
         for done, num_tokens in enumerate(sizes):
             for num_slices in {1, min(3, num_tokens)}:
-                stage = _next(self._prefill_stages)
-                piece = PrefillSlice("warm-up", spare, 0, (0,) * (num_tokens // num_slices), params)
-                runner.prefill(PrefillWork(0, (piece,) * num_slices, 0, 1, is_last=True), stage.upload)
+                piece = PrefillSlice("warm-up", runner.rows.spare_row, 0, (0,) * (num_tokens // num_slices), params)
+                work = PrefillWork(0, (piece,) * num_slices, 0, 1, is_last=True)
+                stage = self._stage_of(work)
+                runner.prefill(work, stage.upload)
                 stage.event.record()
-            report("kernels", (done + 1) / num_runs)
+            report((done + 1) / len(sizes) / 2)
+
+    def _warm_up_decode(self, runner: Runner, report: Callable[[float], None]) -> None:
         for done, bucket in enumerate(self._buckets):
             row_ids, gather_ids = self._row_ids[: 2 * bucket].view(2, bucket)
             row_ids.fill_(-1)
-            gather_ids.fill_(spare)
-            self._decode_pass(bucket)
+            gather_ids.fill_(runner.rows.spare_row)
+            self._decode_pass(runner, bucket)
             for has_filter, has_ban in ((False, False), (True, True)):
                 runner.sample(runner.logits[:bucket], row_ids, self._positions[:bucket], has_filter, has_ban)
-            report("kernels", (len(sizes) + done + 1) / num_runs)
-        self.stream.synchronize()
+            report(0.5 + (done + 1) / len(self._buckets) / 2)
 
     def _complete(self, entry: _InFlight) -> Completion:
         token_ids = entry.tokens.tolist() if entry.tokens is not None else []
@@ -285,7 +358,5 @@ def _blocks_that_fit(model: Model, rows: Rows, memory_fraction: float) -> int:
     return num_blocks
 
 
-def _next(stages: deque[Stage]) -> Stage:
-    """The stage that was used longest ago, now the newest."""
-    stages.rotate(-1)
-    return stages[-1].begin()
+def _lane_sms(partition: Partition, lane: Lane) -> int:
+    return partition.prefill_sms if lane is Lane.PREFILL else partition.decode_sms

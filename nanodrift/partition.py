@@ -1,0 +1,117 @@
+"""Divides a GPU's SMs between the two lanes with CUDA green contexts, and says what it got.
+
+Both halves of a partition come from one split call, so they are disjoint: the decode half is what was asked for, the
+prefill half is the remainder. A stream of a half runs everything on that half's SMs, and so does a graph captured on
+it, wherever it is replayed. Everything is made once, at start-up (about 1 ms and 5 MiB a half), and kept: streams die
+with their context.
+
+SMs are all that is divided. Memory bandwidth, caches and power stay shared; see cost.py.
+
+Where green contexts are missing (old driver, no NVIDIA GPU) ``split_device`` returns no partition and the reason; the
+engine then runs whole-chip lanes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from nanodrift.plan import Partition
+
+DECODE_SMS = (16, 32, 48, 64, 80)  # on 132 SMs; scaled to the device and rounded to what it grants
+
+
+@dataclass(frozen=True)
+class PartitionStreams:
+    """One division of the device and the streams that live in it."""
+
+    partition: Partition
+    prefill_stream: torch.cuda.Stream
+    decode_stream: torch.cuda.Stream
+
+
+@dataclass
+class DeviceSplit:
+    """What was made of a device. ``reason`` says why there is nothing, where there is nothing."""
+
+    num_sms: int
+    granularity_sms: int = 0
+    streams: list[PartitionStreams] = field(default_factory=list)
+    reason: str = ""
+    handles: list = field(default_factory=list)  # green contexts: a stream dies with its own
+
+    @property
+    def partitions(self) -> tuple[Partition, ...]:
+        return tuple(one.partition for one in self.streams)
+
+
+def split_device(device: torch.device, decode_sms: tuple[int, ...] = DECODE_SMS) -> DeviceSplit:
+    """Makes one partition for each decode SM count, given for a device of 132 SMs and scaled to this one."""
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    split = DeviceSplit(num_sms)
+    if not decode_sms:
+        split.reason = "no partitions were asked for"
+        return split
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        split.reason = f"cuda-python is not installed ({error})"
+        return split
+    if not hasattr(driver, "cuGreenCtxCreate"):
+        split.reason = "this version of cuda-python has no green contexts"
+        return split
+    torch.zeros(1, device=device)  # the primary context must exist
+    try:
+        handle = _check(driver, driver.cuDeviceGet(device.index or 0))
+        kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
+        whole = _check(driver, driver.cuDeviceGetDevResource(handle, kind))
+        split.granularity_sms = _granularity(driver, whole, device)
+        wanted = {_rounded(n * num_sms / 132, split.granularity_sms) for n in decode_sms}
+        for count in sorted(n for n in wanted if n < num_sms):
+            split.streams.append(_make(driver, handle, whole, count, split.handles))
+    except RuntimeError as error:
+        split.streams.clear()
+        split.reason = f"the driver refuses green contexts ({error})"
+    return split
+
+
+def _make(driver, device_handle, whole, decode_sms: int, handles: list) -> PartitionStreams:
+    groups, _, remainder = _check(driver, driver.cuDevSmResourceSplitByCount(1, whole, 0, decode_sms))
+    decode_stream, granted = _stream(driver, device_handle, groups[0], handles)
+    prefill_stream, rest = _stream(driver, device_handle, remainder, handles)
+    if granted != decode_sms or granted + rest != whole.sm.smCount:
+        raise RuntimeError(f"asked for {decode_sms} of {whole.sm.smCount} SMs, granted {granted} and {rest}")
+    return PartitionStreams(Partition(prefill_sms=rest, decode_sms=granted), prefill_stream, decode_stream)
+
+
+def _stream(driver, device_handle, resource, handles: list) -> tuple[torch.cuda.Stream, int]:
+    """A stream on the SMs of ``resource``, and how many the new context really has."""
+    descriptor = _check(driver, driver.cuDevResourceGenerateDesc([resource], 1))
+    flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
+    context = _check(driver, driver.cuGreenCtxCreate(descriptor, device_handle, flags))
+    handles.append(context)
+    kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
+    granted = _check(driver, driver.cuGreenCtxGetDevResource(context, kind)).sm.smCount
+    stream = _check(driver, driver.cuGreenCtxStreamCreate(context, driver.CUstream_flags.CU_STREAM_NON_BLOCKING, 0))
+    return torch.cuda.ExternalStream(int(stream)), granted
+
+
+def _granularity(driver, whole, device: torch.device) -> int:
+    """The step in which SMs can be split off: from the driver where it says, else by architecture."""
+    alignment = getattr(whole.sm, "smCoscheduledAlignment", 0)
+    if alignment:
+        return alignment
+    return 8 if torch.cuda.get_device_capability(device)[0] >= 9 else 2
+
+
+def _rounded(count: float, step: int) -> int:
+    return max(step, round(count / step) * step)
+
+
+def _check(driver, result):
+    """Unwraps (error, value...) of a driver call."""
+    error, *values = result
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(getattr(error, "name", str(error)))
+    return values[0] if len(values) == 1 else values
