@@ -36,6 +36,8 @@ class Engine:
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
         self.num_finished = {"stop": 0, "length": 0, "abort": 0}
+        self.lane_busy_s = dict.fromkeys(Lane, 0.0)  # while the lane had work in flight
+        self._lane_free_s = dict.fromkeys(Lane, 0.0)  # when its last work was done
         self._num_requests = 0
         self._arrivals: list[tuple[float, int, Request]] = []  # a heap of requests that are still to come
 
@@ -95,6 +97,10 @@ class Engine:
         events = []
         for completion in self.executor.wait(until_s):
             events += self.scheduler.on_complete(completion)
+            for lane in completion.ticket.work.lanes:
+                since_s = max(completion.ticket.launched_s, self._lane_free_s[lane])
+                self.lane_busy_s[lane] += max(0.0, completion.finished_s - since_s)
+                self._lane_free_s[lane] = max(completion.finished_s, self._lane_free_s[lane])
         self._count(events)
         return events
 
@@ -110,6 +116,7 @@ class Engine:
             "num_preemptions_total": scheduler.num_preemptions,
             "prompt_tokens_total": self.num_prompt_tokens,
             "generation_tokens_total": self.num_output_tokens,
+            **{f"{lane.value}_busy_seconds_total": busy_s for lane, busy_s in self.lane_busy_s.items()},
             **{f"num_finished_{reason}_total": count for reason, count in self.num_finished.items()},
         }
 
