@@ -404,4 +404,4 @@ def test_sampling_at_full_vocabulary():
             if setting[0]:
                 scaled[scaled < scaled.topk(setting[0]).values[-1]] = -math.inf
             above = scaled.softmax(0)[scaled > scaled[token]].sum().item()
-            assert abs(above - setting[1]) < 1e-5, (setting, row, token, above)
+            assert abs(above - setting[1]) < 1e-4, (setting, row, token, above)
