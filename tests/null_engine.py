@@ -4,7 +4,7 @@ A request's output is its own prompt, over and over, one token a step; at the te
 prompts begin with an order instead (see ORDERS). Text goes through the embedded model's tokenizer, so that what comes
 out can be read.
 
-    python tests/null_engine.py --fd N [--step-ms 2] [--load-s 0] [--fail TEXT] [--max-num-seqs 64]
+    python tests/null_engine.py --fd N [--step-ms 2] [--load-s 0] [--fail TEXT] [--max-num-seqs 64] [--leak 0]
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from nanodrift.server.engine_process import run  # noqa: E402
 
 WINDOW, VOCAB_SIZE, EOS_ID, KV_TOKENS = 2048, 2048, 2, 1600
 HOT = 99.0
-CRASH, DIE, SILENT = 2040, 2041, 2042
-ORDERS = {CRASH: "raise in the next step", DIE: "kill -9 itself", SILENT: "never answer"}
+CRASH, DIE, SILENT, HANG = 2040, 2041, 2042, 2043
+ORDERS = {CRASH: "raise in the next step", DIE: "kill -9 itself", SILENT: "never answer", HANG: "never step again"}
 
 
 @dataclass
@@ -48,10 +48,16 @@ class NullEvent:
     num_cached_tokens: int = 0
 
 
+def kv_tokens(window):
+    return KV_TOKENS if window == WINDOW else window
+
+
 @dataclass
 class NullEngine:
     step_s: float
     max_num_seqs: int
+    window: int = WINDOW
+    num_leaked: int = 0
     requests: dict[str, NullRequest] = field(default_factory=dict)
     num_aborted: int = 0
 
@@ -62,8 +68,8 @@ class NullEngine:
         return NullRequest(request_id, prompt_token_ids, params, slo)
 
     def add(self, request):
-        if len(request.prompt_token_ids) + request.params.max_tokens > KV_TOKENS:
-            raise ValueError(f"the cache has room for {KV_TOKENS} tokens")
+        if len(request.prompt_token_ids) + request.params.max_tokens > kv_tokens(self.window):
+            raise ValueError(f"the cache has room for {kv_tokens(self.window)} tokens")
         self.requests[request.request_id] = request
 
     def abort(self, request_id, reason="abort", stop_reason=None):
@@ -84,6 +90,8 @@ class NullEngine:
             raise RuntimeError("the script says crash")
         if prompt[0] == DIE:
             os.kill(os.getpid(), signal.SIGKILL)
+        if prompt[0] == HANG:
+            time.sleep(1000)
         if prompt[0] == SILENT:
             return None
         token = prompt[request.num_output % len(prompt)]
@@ -107,6 +115,8 @@ class NullEngine:
             "num_requests_waiting": len(self.requests) - num_running,
             "kv_cache_usage_perc": sum(len(r.prompt_token_ids) for r in self.requests.values()) / 1e6,
             "num_preemptions_total": self.num_aborted,
+            "num_kv_blocks": 100,
+            "num_free_kv_blocks": 100 - self.num_leaked - (num_running > 0),
         }
 
     def close(self):
@@ -120,6 +130,8 @@ def main() -> int:
     parser.add_argument("--load-s", type=float, default=0.0)
     parser.add_argument("--fail", default="")
     parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--window", type=int, default=WINDOW)
+    parser.add_argument("--leak", type=int, default=0)
     args = parser.parse_args()
 
     def load(model, config, report):
@@ -136,14 +148,14 @@ def main() -> int:
             "device_name": "none",
             "dtype": "none",
             "weights_bytes": 0,
-            "kv_tokens": KV_TOKENS,
+            "kv_tokens": kv_tokens(args.window),
             "kv_bytes": 0,
-            "max_model_len": WINDOW,
+            "max_model_len": args.window,
             "max_num_seqs": args.max_num_seqs,
             "policy": "echo",
             "phases_s": {"weights": args.load_s},
         }
-        return NullEngine(args.step_ms / 1000, args.max_num_seqs), info
+        return NullEngine(args.step_ms / 1000, args.max_num_seqs, args.window, args.leak), info
 
     return run(args.fd, load)
 

@@ -7,33 +7,46 @@ and over; a chat's is its last user message and then the end token.
 import asyncio
 import contextlib
 import json
+import os
+import re
 import socket
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 import httpx
-import uvicorn
 
 from nanodrift.config import SLO, EngineConfig
-from nanodrift.server.app import Served, build_app
-from nanodrift.server.cli import _load, _Server
-from nanodrift.server.client import EngineClient
+from nanodrift.server.app import build_app
+from nanodrift.server.cli import _load, listen
+from nanodrift.server.client import MAX_QUEUE, EngineClient
+from nanodrift.server.connection import Connection, http_server
+from nanodrift.server.served import Served
 from nanodrift.server.telemetry import Telemetry
 from nanodrift.tokenizer import Tokenizer
 
 NULL_ENGINE = (sys.executable, str(Path(__file__).with_name("null_engine.py")))
-TOKENIZER = Tokenizer.from_folder(Path(__file__).resolve().parents[1] / "nanodrift" / "embedded")
-PATIENCE_S = 20.0  # for things that take milliseconds on an idle machine
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = Tokenizer.from_folder(ROOT / "nanodrift" / "embedded")
+PATIENCE_S = 60.0  # for things that take milliseconds, or a second for a program to start, on an idle machine
 
 
 class RunningServer:
     """A server and its null engine, both running until ``close``."""
 
-    def __init__(self, *engine_options: str, model: str | None = None, wait: bool = True, **served_options):
+    def __init__(
+        self,
+        *engine_options: str,
+        model: str | None = None,
+        wait: bool = True,
+        max_queue: int = MAX_QUEUE,
+        connection: type[Connection] = Connection,
+        **served_options,
+    ):
         self._started, self._failure = threading.Event(), None
-        self._arguments = (engine_options, model, wait, served_options)
+        self._arguments = (engine_options, model, wait, max_queue, connection, served_options)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
         assert self._started.wait(PATIENCE_S)
@@ -41,16 +54,15 @@ class RunningServer:
             raise self._failure
 
     async def _run(self):
-        engine_options, model, wait, served_options = self._arguments
+        engine_options, model, wait, max_queue, connection, served_options = self._arguments
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         telemetry = Telemetry("echo")
-        self.client = EngineClient(telemetry)
+        self.client = EngineClient(telemetry, max_queue)
         self.served = Served(("echo", "second/name"), self.client, telemetry, SLO(), **served_options)
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = listen("127.0.0.1", 0)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)  # so that slow readers are felt
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(build_app(self.served), log_config=None, ws="none", lifespan="off")
-        server = _Server(config)
+        server = http_server(build_app(self.served), connection)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             await self.client.start(model, EngineConfig(), [*NULL_ENGINE, *engine_options])
@@ -134,3 +146,54 @@ def error_of(response, status: int) -> dict:
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
     return error
+
+
+class Program:
+    """serve.py in a process of its own. ``engine`` options choose the null engine instead of the real one."""
+
+    def __init__(self, *arguments: str, engine: tuple[str, ...] | None = None, **environment: str):
+        command = [sys.executable, str(ROOT / "serve.py")]
+        if engine is not None:
+            code = "import sys; from nanodrift.server.cli import main; sys.exit(main(sys.argv[1:], {!r}))"
+            command = [sys.executable, "-c", code.format([*NULL_ENGINE, *engine])]
+        self.process = subprocess.Popen(
+            [*command, *arguments],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.said = ""
+
+    def wait_url(self) -> str:
+        """Reads stderr up to the address it serves at."""
+        for line in self.process.stderr:
+            self.said += line
+            if found := re.search(r"^  (http://\S+)$", line):
+                return found[1]
+        raise AssertionError(f"it ended with {self.process.wait()} and said: {self.said}")
+
+    def wait(self) -> int:
+        """Its exit status; ``said`` is complete after this, and nothing of it is left running."""
+        out, rest = self.process.communicate(timeout=PATIENCE_S)
+        self.said += rest
+        assert out == ""
+        return self.process.returncode
+
+    def engine_pid(self) -> int:
+        return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0])
+
+    def kill(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+@contextlib.contextmanager
+def program(*arguments, **options):
+    one = Program(*arguments, **options)
+    try:
+        yield one
+    finally:
+        one.kill()

@@ -8,8 +8,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,65 +16,13 @@ import httpx
 import openai
 import pytest
 import torch
+from null_engine import HANG
+from running_server import PATIENCE_S, eventually, program
 
 from nanodrift.config import ConfigError
 from nanodrift.server import cli
 
-ROOT = Path(__file__).resolve().parents[1]
-NULL_ENGINE = (sys.executable, str(ROOT / "tests" / "null_engine.py"))
-PATIENCE_S = 60.0  # to start a program on a busy machine
 EMBEDDED = "nanodrift-storyteller"
-
-
-class Program:
-    """serve.py in a process of its own. ``engine`` options choose the null engine instead of the real one."""
-
-    def __init__(self, *arguments: str, engine: tuple[str, ...] | None = None, **environment: str):
-        command = [sys.executable, str(ROOT / "serve.py")]
-        if engine is not None:
-            code = "import sys; from nanodrift.server.cli import main; sys.exit(main(sys.argv[1:], {!r}))"
-            command = [sys.executable, "-c", code.format([*NULL_ENGINE, *engine])]
-        self.process = subprocess.Popen(
-            [*command, *arguments],
-            cwd=ROOT,
-            env=os.environ | environment,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.said = ""
-
-    def wait_url(self) -> str:
-        """Reads stderr up to the address it serves at."""
-        for line in self.process.stderr:
-            self.said += line
-            if found := re.search(r"^  (http://\S+)$", line):
-                return found[1]
-        raise AssertionError(f"it ended with {self.process.wait()} and said: {self.said}")
-
-    def wait(self) -> int:
-        """Its exit status; ``said`` is complete after this, and nothing of it is left running."""
-        out, rest = self.process.communicate(timeout=PATIENCE_S)
-        self.said += rest
-        assert out == ""
-        return self.process.returncode
-
-    def engine_pid(self) -> int:
-        return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0])
-
-    def kill(self):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
-
-
-@contextlib.contextmanager
-def program(*arguments, **options):
-    one = Program(*arguments, **options)
-    try:
-        yield one
-    finally:
-        one.kill()
 
 
 def is_running(pid: int) -> bool:
@@ -85,13 +31,6 @@ def is_running(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
-
-
-def eventually(condition) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never happened"
-        time.sleep(0.05)
 
 
 # ---- the embedded model --------------------------------------------------------------------------------------------
@@ -172,20 +111,63 @@ def test_embedded_frees_what_a_client_leaves(embedded):
 # ---- how it ends ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_everything(number):
+def begin_stream(pool: ThreadPoolExecutor, url: str, max_tokens: int = 1500):
+    """A stream of a null engine's, under way when this returns; the answer comes later."""
+    body = {"prompt": [7], "max_tokens": max_tokens, "stream": True}
+    answer = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
+    eventually(lambda: not re.search(r"generation_tokens_total\S* 0\.0", httpx.get(f"{url}/metrics").text))
+    return answer
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]], ids=["INT", "TERM-TERM"])
+def test_signals_end_everything(numbers):
     """In the middle of a stream: the stream is told, the status is 0, the engine is gone."""
-    with program("--port", "0", engine=()) as one, ThreadPoolExecutor(1) as pool:
+    with program("--port", "0", engine=("--step-ms", "100")) as one, ThreadPoolExecutor(1) as pool:
         url, engine = one.wait_url(), one.engine_pid()
-        body = {"prompt": [7], "max_tokens": 1500, "stream": True}
-        answer = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
-        eventually(lambda: "generation_tokens_total" in httpx.get(f"{url}/metrics").text)
-        eventually(lambda: not re.search(r"generation_tokens_total\S* 0\.0", httpx.get(f"{url}/metrics").text))
-        one.process.send_signal(number)
+        answer = begin_stream(pool, url)
+        one.process.send_signal(numbers.pop(0))
+        if numbers:  # the first one drains
+            eventually(lambda: httpx.get(f"{url}/health").json()["status"] == "draining")
+            assert not answer.done() and one.process.poll() is None
+            one.process.send_signal(numbers.pop(0))
         assert one.wait() == 0
         assert not is_running(engine)
         assert answer.result().text.endswith("data: [DONE]\n\n") and "shutting down" in answer.result().text
         assert "Traceback" not in one.said
+
+
+def test_sigterm_lets_what_is_in_flight_end():
+    with program("--port", "0", engine=("--step-ms", "20")) as one, ThreadPoolExecutor(1) as pool:
+        url, engine = one.wait_url(), one.engine_pid()
+        answer = begin_stream(pool, url, max_tokens=100)  # two seconds
+        one.process.send_signal(signal.SIGTERM)
+        eventually(lambda: httpx.get(f"{url}/health").status_code == 503)
+        refused = httpx.post(f"{url}/v1/completions", json={"prompt": [7]})
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine_draining"
+        assert one.wait() == 0 and not is_running(engine)
+        assert answer.result().text.count('"text"') >= 10 and "error" not in answer.result().text
+        assert '"finish_reason":"length"' in answer.result().text
+
+
+def test_a_drain_does_not_last_for_ever():
+    with program("--port", "0", "--drain-timeout", "0.5", engine=("--step-ms", "100")) as one:
+        with ThreadPoolExecutor(1) as pool:
+            answer = begin_stream(pool, one.wait_url())
+            one.process.send_signal(signal.SIGTERM)
+            assert one.wait() == 0
+            assert "shutting down" in answer.result().text and answer.result().text.endswith("data: [DONE]\n\n")
+
+
+def test_a_stalled_engine_is_ended_and_shows_where_it_hangs():
+    with program("--port", "0", "--stall-timeout", "1", engine=()) as one, ThreadPoolExecutor(1) as pool:
+        url, engine = one.wait_url(), one.engine_pid()
+        body = {"prompt": [HANG], "max_tokens": 10}
+        answer = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
+        eventually(lambda: httpx.get(f"{url}/health").status_code == 503)
+        assert one.wait() == 1 and not is_running(engine)
+        assert "no progress for 1 seconds while 1 requests waited" in answer.result().json()["error"]["message"]
+        assert "no progress for 1 seconds" in one.said
+        assert "null_engine.py" in one.said and "in _advance" in one.said  # the stack
 
 
 def test_a_signal_while_loading_ends_it():

@@ -516,6 +516,18 @@ def test_a_storm_of_impatient_clients(server, http):
     eventually(lambda: server.gauge("num_requests_running") + server.gauge("num_requests_waiting") == 0)
 
 
+def test_missing_blocks_are_noticed_when_the_engine_is_idle(capfd):
+    with running("--leak", "3") as leaky, httpx.Client(base_url=leaky.url) as http:
+        assert complete(http).status_code == 200
+        eventually(lambda: http.get("/load").json()["engine"].get("num_kv_blocks_leaked") == 3)
+        eventually(lambda: leaky.gauge("num_requests_running") == 0)
+    assert "idle, and 3 of 100 KV blocks are missing" in capfd.readouterr().err
+    with running() as tight, httpx.Client(base_url=tight.url) as http:
+        assert complete(http).status_code == 200
+        eventually(lambda: http.get("/load").json()["engine"].get("num_kv_blocks_leaked") == 0)
+    assert "missing" not in capfd.readouterr().err
+
+
 def test_metrics_add_up():
     with running() as fresh, httpx.Client(base_url=fresh.url) as http:
         complete(http, prompt=[7, 8, 9], max_tokens=5)

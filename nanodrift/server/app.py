@@ -37,6 +37,7 @@ ERRORS = {
     404: "no such model or path",
     413: "the body is too large",
     415: "the body is not JSON",
+    429: "the queue is full",
     500: "the engine died, or a bug",
     503: "not ready",
 }
@@ -132,7 +133,6 @@ def build_app(served: Served) -> Guard:
 
 def _reply(served: Served, shape, body: GenerationBody, prompts, limits: list[int], arrival_s: float) -> Response:
     first, n = body.sampling(limits[0]), body.n or 1
-    served.telemetry.on_prompt(sum(map(len, prompts)))
     generation = Generation(
         served.client,
         served.tokenizer,

@@ -4,8 +4,9 @@
     python serve.py --model qwen3-0.6b --device cuda --api-key ...
 
 The order matters to people: settings are checked first, then the port, and only then do weights load. While they load
-the server answers, /health with 503. Exit status: 0 after Ctrl-C or SIGTERM, 1 when the engine failed or died, 2 for a
-bad command line or a port that is taken.
+the server answers, /health with 503. SIGTERM lets answers in flight end, refusing new ones; a second SIGTERM, or
+Ctrl-C, does not wait. Exit status: 0 after a signal, 1 when the engine failed, died or stalled, 2 for a bad command
+line or a port that is taken.
 """
 
 from __future__ import annotations
@@ -15,26 +16,27 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
 import time
 from dataclasses import fields
 
-import uvicorn
 from rich.console import Console
 
 from nanodrift import __version__
 from nanodrift.config import SLO, ConfigError, EngineConfig
 from nanodrift.server import startup
-from nanodrift.server.app import Served, build_app
-from nanodrift.server.client import ENGINE_COMMAND, EngineClient, EngineDead
+from nanodrift.server.app import build_app
+from nanodrift.server.client import ENGINE_COMMAND, MAX_QUEUE, EngineClient, EngineDead
+from nanodrift.server.connection import HttpServer, http_server
+from nanodrift.server.served import Served
 from nanodrift.server.telemetry import Telemetry
 from nanodrift.tokenizer import Tokenizer
 
 EMBEDDED_NAME = "nanodrift-storyteller"
 KEY_VARIABLE = "NANODRIFT_API_KEY"
-GOODBYE_S = 3.0  # for answers in flight to be told that the server stops
 LINGER_S = 2.0  # after the engine has died: whoever asks /health meanwhile learns it
 
 
@@ -71,8 +73,36 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="KEY",
         help=f"keys clients must send; better given in ${KEY_VARIABLE}",
     )
+    add(
+        "--max-queue",
+        type=int,
+        default=MAX_QUEUE,
+        metavar="N",
+        help=f"requests that may wait; more get a 429 ({MAX_QUEUE})",
+    )
+    add("--drain-timeout", type=_seconds, default=25.0, metavar="S", help="for answers in flight after SIGTERM (25)")
+    add(
+        "--stall-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="S",
+        help="after which an engine that has requests and makes no progress is ended, 0 = never (300)",
+    )
     add("--version", action="version", version=__version__)
     return parser.parse_args(argv)
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 0:
+        raise ValueError("a count is not negative")  # argparse says the rest
+    return count
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError("seconds are not negative")
+    return seconds
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -124,36 +154,15 @@ def main(argv: list[str] | None = None, engine_command=ENGINE_COMMAND) -> int:
         return asyncio.run(_serve(args, config, listener, engine_command))
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: this module's own decide how the whole program ends."""
-
-    @contextlib.contextmanager
-    def capture_signals(self):
-        yield
-
-
 async def _serve(args: argparse.Namespace, config: EngineConfig, listener: socket.socket, engine_command) -> int:
     started_s = time.perf_counter()
     names = tuple(getattr(args, "served_model_name", ())) or (args.model or EMBEDDED_NAME,)
     telemetry, keys = Telemetry(names[0]), api_keys(args)
-    client = EngineClient(telemetry)
+    client = EngineClient(telemetry, args.max_queue)
     served = Served(names, client, telemetry, config.slo, root=args.model or "embedded", api_keys=keys)
-    server = _Server(
-        uvicorn.Config(
-            build_app(served),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            ws="none",
-            lifespan="off",
-            h11_max_incomplete_event_size=64 * 1024,
-            timeout_graceful_shutdown=GOODBYE_S,
-        )
-    )
-    told_to_stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, told_to_stop.set)
+    server = http_server(build_app(served))
+    told_to_stop, told_to_drain = asyncio.Event(), asyncio.Event()
+    _on_signals(served, told_to_stop, told_to_drain)
     url = _url(args.host, listener)
     if not keys and not _is_loopback(listener.getsockname()[0]):
         startup.warn(
@@ -162,16 +171,22 @@ async def _serve(args: argparse.Namespace, config: EngineConfig, listener: socke
         )
     await client.start(args.model, config, engine_command)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    stopping = asyncio.create_task(told_to_stop.wait())
+    stopping, draining = asyncio.create_task(told_to_stop.wait()), asyncio.create_task(told_to_drain.wait())
     loading = asyncio.create_task(_load(client, served))
     ended = asyncio.create_task(client.ended.wait())
+    tasks = [stopping, draining, loading, ended]
+    if args.stall_timeout > 0:
+        tasks.append(asyncio.create_task(client.watch(args.stall_timeout)))
     status = 0
     try:
-        await asyncio.wait((loading, stopping, serving), return_when=asyncio.FIRST_COMPLETED)
+        await _first_of(loading, stopping, draining, serving)
         if loading.done():
             await loading
             startup.print_table(client.info, time.perf_counter() - started_s, url, names[0], config.slo, bool(keys))
-            await asyncio.wait((ended, stopping, serving), return_when=asyncio.FIRST_COMPLETED)
+            await _first_of(ended, stopping, draining, serving)
+            if draining.done():
+                tasks.append(asyncio.create_task(_all_answered(server)))
+                await _first_of(tasks[-1], ended, stopping, timeout_s=args.drain_timeout)
         if ended.done():
             raise EngineDead(f"the engine has died: {client.death}")
     except (EngineDead, ConfigError) as error:
@@ -180,13 +195,33 @@ async def _serve(args: argparse.Namespace, config: EngineConfig, listener: socke
         if served.is_ready:
             await asyncio.wait((stopping,), timeout=LINGER_S)
     finally:
-        await client.close()
         server.should_exit = True
-        await serving
-        for task in (stopping, loading, ended):
+        await asyncio.gather(client.close(), serving)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(stopping, loading, ended, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
     return status
+
+
+def _on_signals(served: Served, told_to_stop: asyncio.Event, told_to_drain: asyncio.Event) -> None:
+    """Ctrl-C stops at once. SIGTERM lets what is in flight end first; the second one does not."""
+
+    def on_term() -> None:
+        (told_to_stop if served.is_draining else told_to_drain).set()
+        served.is_draining = True
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, told_to_stop.set)
+    loop.add_signal_handler(signal.SIGTERM, on_term)
+
+
+async def _first_of(*tasks: asyncio.Task, timeout_s: float | None = None) -> None:
+    await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _all_answered(server: HttpServer) -> None:
+    while server.num_answering:
+        await asyncio.sleep(0.05)
 
 
 async def _load(client: EngineClient, served: Served) -> None:

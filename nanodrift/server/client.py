@@ -6,6 +6,7 @@ Everything here runs on one asyncio loop. Knows nothing about HTTP or text.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import subprocess
@@ -15,10 +16,15 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 
 from nanodrift.config import SLO, EngineConfig
+from nanodrift.server.engine_process import DUMP_SIGNAL
 from nanodrift.server.frames import READ_BYTES, FrameDecoder, encode
 
 ENGINE_COMMAND = (sys.executable, "-m", "nanodrift.server.engine_process")
 CLOSE_GRACE_S = 5.0
+DUMP_GRACE_S = 0.5
+MAX_QUEUE = 4096
+MAX_RETRY_AFTER_S = 30
+PROGRESS_STATS = ("prefill_busy_seconds_total", "decode_busy_seconds_total")  # grow with every piece of work done
 
 
 class EngineDead(RuntimeError):
@@ -27,6 +33,17 @@ class EngineDead(RuntimeError):
 
 class RequestRefused(ValueError):
     """The engine can never serve this request."""
+
+
+class QueueFull(RuntimeError):
+    """As many requests as are allowed are in flight; ``retry_after_s`` says when to try again."""
+
+    def __init__(self, num_in_flight: int, retry_after_s: int):
+        super().__init__(
+            f"the server is busy: {num_in_flight} requests are running or waiting, and the queue is full. Try again in "
+            f"{retry_after_s} seconds."
+        )
+        self.retry_after_s = retry_after_s
 
 
 @dataclass
@@ -65,21 +82,28 @@ class _Stream:
 
 
 class EngineClient:
-    """One engine process. ``state``: loading, ready, stopping (told to close) or dead."""
+    """One engine process. ``state``: loading, ready, stopping (told to close), stalled or dead.
 
-    def __init__(self, telemetry=None):
+    At most ``max_queue`` requests wait behind those that the engine runs at once.
+    """
+
+    def __init__(self, telemetry=None, max_queue: int = MAX_QUEUE):
         self.state = "loading"
         self.death = ""  # why, once the state is dead
         self.info: dict = {}  # of the ready frame
         self.phase = ""  # of the start-up, and how far it is
         self.stats: dict[str, float] = {}
         self.telemetry = telemetry
+        self.max_queue = max_queue
         self.process: subprocess.Popen | None = None
         self._streams: dict[str, _Stream] = {}
         self._ready = asyncio.Event()  # or dead
         self.ended = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task | None = None
+        self._progress_s = 0.0  # when the engine last did something for a request
+        self._finished_s: float | None = None
+        self._finish_gap_s = 0.0  # between ends of requests, a running mean
 
     async def start(self, model: str | None, config: EngineConfig, command=ENGINE_COMMAND) -> None:
         """Starts the process and sends it its settings; loading goes on after this returns."""
@@ -116,15 +140,22 @@ class EngineClient:
     ) -> AsyncIterator[Output]:
         """Tokens as they come, the last Output with a finish_reason. Closing the iterator early frees the request.
 
-        Raises RequestRefused or EngineDead. ``params`` are SamplingParams' fields; the engine sees no stop strings.
+        Raises RequestRefused, QueueFull or EngineDead. ``params`` are SamplingParams' fields; the engine sees no stop
+        strings.
         """
         if self.state != "ready":
             raise EngineDead(self.death or f"the engine is {self.state}")
-        arrival_s = time.perf_counter() if arrival_s is None else arrival_s
+        self.check_room(1)
+        now_s = time.perf_counter()
+        arrival_s = now_s if arrival_s is None else arrival_s
+        if not self._streams:
+            self._progress_s = now_s
         stream = self._streams[request_id] = _Stream(arrival_s)
         body = {"id": request_id, "prompt": prompt, "params": params, "arrival_s": arrival_s}
         body["slo"] = asdict(slo) if slo is not None else None
         self._send(["add", body])
+        if self.telemetry is not None:
+            self.telemetry.on_prompt(len(prompt))
         try:
             finish_reason = None
             while finish_reason is None:
@@ -138,6 +169,25 @@ class EngineClient:
     def num_in_flight(self) -> int:
         """Requests the engine has not finished, as far as is known here."""
         return len(self._streams)
+
+    def check_room(self, num_requests: int) -> None:
+        """Raises QueueFull if that many more are too many."""
+        most = self.info["max_num_seqs"] + self.max_queue
+        if len(self._streams) + num_requests > most:
+            seconds = math.ceil(self._finish_gap_s * most / 10)  # until a tenth of them has ended
+            raise QueueFull(len(self._streams), min(max(seconds, 1), MAX_RETRY_AFTER_S))
+
+    async def watch(self, stall_timeout_s: float) -> None:
+        """Ends an engine that has had requests for ``stall_timeout_s`` and done nothing for any of them."""
+        while self.state in ("loading", "ready"):
+            await asyncio.sleep(min(1.0, stall_timeout_s / 4))
+            if self._streams and time.perf_counter() - self._progress_s > stall_timeout_s:
+                self.state = "stalled"
+                self.death = f"no progress for {stall_timeout_s:g} seconds while {self.num_in_flight} requests waited"
+                self.fail_all(EngineDead(self.death))
+                self.process.send_signal(DUMP_SIGNAL)  # every thread's stack, to stderr
+                await asyncio.sleep(DUMP_GRACE_S)
+                self.process.kill()
 
     def abort(self, request_id: str, reason: str = "abort", stop_reason: str | None = None) -> None:
         """Ends a request that is still running; what has ended already is left alone."""
@@ -205,6 +255,8 @@ class EngineClient:
             for row in rows:
                 self._on_tokens(now_s, *row)
             if stats is not None:
+                if any(stats.get(name) != self.stats.get(name) for name in PROGRESS_STATS):
+                    self._progress_s = now_s
                 self.stats = stats
         elif kind == "refused":
             stream = self._streams.pop(rest[0], None)
@@ -225,6 +277,7 @@ class EngineClient:
         stream = self._streams.get(request_id)
         if stream is None:
             return  # aborted while the step was under way
+        self._progress_s = now_s
         output = stream.output
         output.token_ids += token_ids
         output.finish_reason, output.stop_reason = finish_reason, stop_reason
@@ -235,6 +288,9 @@ class EngineClient:
             stream.last_token_s = now_s
         if finish_reason is not None:
             del self._streams[request_id]
+            if self._finished_s is not None:
+                self._finish_gap_s += 0.1 * (now_s - self._finished_s - self._finish_gap_s)
+            self._finished_s = now_s
             if self.telemetry is not None:
                 self.telemetry.on_finish(finish_reason, now_s - stream.arrival_s)
         stream.wake.set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import gc
 import os
 import select
@@ -24,6 +25,7 @@ from nanodrift.request import SamplingParams
 from nanodrift.server.frames import FrameLink
 
 STATS_EVERY_S = 0.25
+DUMP_SIGNAL = signal.SIGUSR1  # prints every thread's stack, also while a thread hangs in a library
 ORPHAN_GRACE_S = 1.0  # for the loop to notice by itself that the HTTP process is gone
 
 
@@ -33,6 +35,7 @@ def run(fd: int, load) -> int:
     ``load(model, config, report)`` returns ``(engine, info)``: an Engine, and a dict for the ready frame.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the HTTP process, which then closes the pair
+    faulthandler.register(DUMP_SIGNAL, all_threads=True)
     sock = socket.socket(fileno=fd)
     threading.Thread(target=_die_with, args=(fd,), daemon=True).start()
     link, is_loading = FrameLink(sock), True
@@ -73,11 +76,22 @@ def _loop(link: FrameLink, engine, messages: list[list]) -> None:
         is_busy, now_s = engine.has_work, time.perf_counter()
         stats = None
         if now_s - stats_s >= STATS_EVERY_S or is_busy != was_busy or (messages and not is_busy):
-            stats, stats_s, was_busy = engine.stats(), now_s, is_busy
+            stats = engine.stats()
+            if not is_busy:
+                _account(stats, is_new=was_busy)
+            stats_s, was_busy = now_s, is_busy
         if events or stats:
             rows = [[e.request_id, e.token_ids, e.finish_reason, e.stop_reason, e.num_cached_tokens] for e in events]
             link.send(["step", rows, stats])
         messages = link.receive(0 if is_busy else None)
+
+
+def _account(stats: dict, is_new: bool) -> None:
+    """An idle engine holds no KV block but cached ones: what is missing has leaked, and is said on stderr."""
+    num_blocks, num_free = stats.get("num_kv_blocks", 0), stats.get("num_free_kv_blocks", 0)
+    stats["num_kv_blocks_leaked"] = num_leaked = num_blocks - num_free - stats.get("num_cached_kv_blocks", 0)
+    if num_leaked and is_new:
+        print(f"engine: idle, and {num_leaked} of {num_blocks} KV blocks are missing", file=sys.stderr, flush=True)
 
 
 def _handle(link: FrameLink, engine, message: list) -> None:

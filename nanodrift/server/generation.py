@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 
 from nanodrift.config import SLO
 from nanodrift.request import SamplingParams
-from nanodrift.server.client import EngineClient, EngineDead, RequestRefused
+from nanodrift.server.client import EngineClient, EngineDead, QueueFull, RequestRefused
 from nanodrift.server.protocol import ApiError, ChatShape, CompletionShape, GenerationBody, usage
 from nanodrift.tokenizer import Detokenizer, Tokenizer
 
@@ -45,6 +45,11 @@ class IdText:
 
     def finish(self) -> str:
         return ""
+
+
+def queue_full(error: QueueFull) -> ApiError:
+    headers = {"Retry-After": str(error.retry_after_s)}
+    return ApiError(429, str(error), kind="rate_limit_error", code="queue_full", headers=headers)
 
 
 class Generation:
@@ -179,6 +184,8 @@ class Generation:
                     yield Piece(shown, self._num_tokens[index], is_first, reason, stop_reason)
                     if reason is not None:
                         return
+        except QueueFull as error:
+            raise queue_full(error) from error
         except RequestRefused as error:
             raise ApiError(400, str(error)) from error
         except EngineDead as error:

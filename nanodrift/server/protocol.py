@@ -21,6 +21,7 @@ MAX_N = 16
 MAX_MESSAGES = 4096
 MAX_PARTS = 256  # of one message
 MAX_STOP_CHARS = 1000
+MAX_LOGGED_FIELDS = 100  # unknown names, over the life of the process
 MAX_TOKEN_ID = 2**31 - 1
 SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: multiples of it lie far apart
 DEFAULT_COMPLETION_TOKENS = 16
@@ -141,7 +142,7 @@ class GenerationBody(BaseModel):
             if name in NOT_HONOURED:
                 if value is not None and not any(_is_same(value, neutral) for neutral in NOT_HONOURED[name]):
                     raise ApiError(400, f"`{name}` is not supported by this server yet; leave it out", param=name)
-            elif name not in HARMLESS and name not in _logged_fields and len(_logged_fields) < 1000:
+            elif name not in HARMLESS and name not in _logged_fields and len(_logged_fields) < MAX_LOGGED_FIELDS:
                 _logged_fields.add(name)
                 log.warning("request field %.80r is not known and is ignored", name)
 

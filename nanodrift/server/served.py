@@ -9,7 +9,8 @@ import asyncio
 from dataclasses import dataclass
 
 from nanodrift.config import SLO
-from nanodrift.server.client import EngineClient
+from nanodrift.server.client import EngineClient, QueueFull
+from nanodrift.server.generation import queue_full
 from nanodrift.server.guard import MAX_BODY_BYTES
 from nanodrift.server.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, plain_messages
 from nanodrift.server.telemetry import Telemetry
@@ -27,14 +28,17 @@ class Served:
     root: str | None = None  # what the first name stands for: an alias, a hub id or a folder
     tokenizer: Tokenizer | None = None
     is_ready: bool = False
+    is_draining: bool = False  # what is in flight may end; nothing new begins
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = MAX_BODY_BYTES
 
     @property
     def state(self) -> str:
-        """The client's, except that this side must be ready too."""
+        """loading, ready, draining, stopping, stalled or dead: the client's, except that this side has a say too."""
         state = self.client.state
-        return "loading" if state == "ready" and not self.is_ready else state
+        if state == "ready":
+            return "loading" if not self.is_ready else "draining" if self.is_draining else "ready"
+        return state
 
     @property
     def max_model_len(self) -> int:
@@ -51,6 +55,10 @@ class Served:
         if body.model is not None:
             self.check_model(body.model)
         body.check_extra()
+        try:
+            self.client.check_room(body.n or 1)
+        except QueueFull as error:  # before its prompt costs anything
+            raise queue_full(error) from error
 
     def check_ready(self) -> None:
         state = self.state
