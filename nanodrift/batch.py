@@ -76,7 +76,7 @@ class Rows:
 
     @property
     def spare_row(self) -> int:
-        """A row nobody owns: what padding reads, so that gathers stay in bounds."""
+        """A row nobody owns, all of block 0: padding reads it, and what need not be kept is written there."""
         return self.num_rows
 
     def assign_blocks(self, new_blocks: tuple[NewBlocks, ...], upload: Upload) -> None:
@@ -121,26 +121,28 @@ def build_batch(rows: Rows, prefill: PrefillWork | None, decode: DecodeWork | No
     """Lays out a pass over a prefill chunk, a decode step, or both, with a single copy to the device."""
     slices = prefill.slices if prefill else ()
     token_ids, positions, token_rows = array("i"), array("i"), array("i")
-    starts, sampled = array("i", [0]), array("i")
+    starts, sampled, sampled_rows = array("i", [0]), array("i"), array("i")
     for piece in slices:
         token_ids.extend(piece.token_ids)
         positions.extend(range(piece.start, piece.end))
-        token_rows.extend([piece.row] * len(piece.token_ids))
+        token_rows.extend([piece.row if piece.writes_kv else rows.spare_row] * len(piece.token_ids))
         starts.append(len(token_ids))
         if piece.params is not None:
             sampled.append(len(token_ids) - 1)
+            sampled_rows.append(piece.row)
     num_prefill_tokens = len(token_ids)
     if decode:
         sampled.extend(range(num_prefill_tokens, num_prefill_tokens + len(decode.rows)))
         token_ids.extend([0] * len(decode.rows))  # they lie on the device, in the rows
         positions.extend(decode.positions)
         token_rows.extend(decode.rows)
+        sampled_rows.extend(decode.rows)
     parts = [
         token_ids,
         positions,
         token_rows,
         sampled,
-        array("i", [token_rows[i] for i in sampled]),
+        sampled_rows,
         array("i", [positions[i] for i in sampled]),
         array("i", [piece.row for piece in slices]),
         array("i", [piece.end for piece in slices]),

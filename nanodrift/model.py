@@ -24,10 +24,10 @@ from nanodrift.weights import Weights
 
 
 class KVPool:
-    """The paged cache of every layer: k and v [L, N, K, 64, D]."""
+    """The paged cache of every layer: k and v [L, 1 + N, K, 64, D]. Block 0 is nobody's: the spare row writes there."""
 
     def __init__(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_layers, num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
+        shape = (config.num_layers, 1 + num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 

@@ -65,6 +65,7 @@ class PrefillSlice:
     start: int
     token_ids: tuple[int, ...]
     params: RowParams | None = None  # given iff this slice ends the prompt, so that a token is sampled after it
+    writes_kv: bool = True  # False: its KV lies in blocks that are shared, hence read only; it is run for its logits
 
     @property
     def end(self) -> int:
