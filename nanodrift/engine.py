@@ -49,6 +49,7 @@ class Engine:
         request_id: str | None = None,
         arrival_s: float | None = None,
         slo: SLO | None = None,
+        cache_salt: str | None = None,
     ) -> Request:
         """Makes a request with the model's stop ids and a seed. Raises ValueError for ids outside the vocabulary."""
         bad = next((i for i in prompt_token_ids if not 0 <= i < self.vocab_size), None)
@@ -62,6 +63,7 @@ class Engine:
             params=params,
             arrival_s=self.executor.clock.now() if arrival_s is None else arrival_s,
             slo=slo or self.slo,
+            cache_salt=cache_salt,
             stop_token_ids=stop_token_ids if params.ignore_eos else stop_token_ids | self.eos_token_ids,
             seed=params.seed if params.seed is not None else self.seed * 1_000_003 + self._num_requests,
         )
@@ -111,7 +113,11 @@ class Engine:
             "num_requests_running": len(scheduler.running) + len(scheduler.prefilling),
             "num_requests_waiting": len(scheduler.waiting) + len(self._arrivals),
             "num_kv_blocks": pool.num_blocks,
-            "num_free_kv_blocks": pool.num_free_blocks,
+            "num_free_kv_blocks": pool.num_available_blocks,
+            "num_cached_kv_blocks": pool.num_cached_blocks,  # of these, what a prompt may find again
+            "kv_blocks_leaked": scheduler.num_leaked_blocks,
+            "prefix_cache_queries_total": pool.num_queried_tokens,
+            "prefix_cache_hits_total": pool.num_hit_tokens,
             "kv_cache_usage_perc": pool.num_used_blocks / pool.num_blocks,
             "num_preemptions_total": scheduler.num_preemptions,
             "prompt_tokens_total": self.num_prompt_tokens,

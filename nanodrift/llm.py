@@ -41,6 +41,7 @@ class RequestOutput:
     finish_reason: str  # stop | length | abort
     stop_reason: int | str | None  # the token id or string that ended it
     metrics: RequestMetrics
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
 
 @dataclass
@@ -154,6 +155,7 @@ class LLM:
             metrics=RequestMetrics(
                 request.arrival_s, request.first_token_s, tuple(request.token_s), request.finished_s
             ),
+            num_cached_tokens=request.num_cached_tokens,
         )
 
     def _needed_tokenizer(self):

@@ -87,7 +87,7 @@ class RequestState(Enum):
 
 @dataclass(eq=False)  # two requests are never the same one
 class Request:
-    """One request from arrival to end. The scheduler owns every field below ``slo``."""
+    """One request from arrival to end. The scheduler owns every field below ``cache_salt``."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -96,16 +96,21 @@ class Request:
     slo: SLO = field(default_factory=SLO)
     stop_token_ids: frozenset[int] = frozenset()  # eos ids (unless ignored) and the user's own
     seed: int = 0
+    cache_salt: str | None = None  # requests share cached prefixes only with those of the same salt
 
     number: int = 0  # counts up in order of arrival
     row_params: RowParams = field(default_factory=RowParams)  # what the device's sampler needs of params
     state: RequestState = RequestState.WAITING
     output_token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(init=False)  # prompt and output
     num_computed_tokens: int = 0  # prompt tokens whose prefill was launched (all of their layers or the first of them)
+    num_written_tokens: int = 0  # leading tokens whose KV the host has seen completely written
+    num_cached_tokens: int = 0  # prompt tokens that its first admission found in the prefix cache
     num_launched_tokens: int = 0  # output tokens launched and not yet read, on top of output_token_ids
     num_in_flight: int = 0  # tickets that touch its row or blocks
     row: int | None = None  # its place in the device's per-request tables
     block_ids: list[int] = field(default_factory=list)
+    nodes: list = field(default_factory=list)  # kvcache.Node of its leading blocks; held iff it holds blocks
     num_preemptions: int = 0
     finish_reason: str | None = None  # stop | length | abort
     stop_reason: int | str | None = None  # the stop token id or stop string that ended it
@@ -113,13 +118,12 @@ class Request:
     scheduled_s: float | None = None  # first time it left the queue
     finished_s: float | None = None
 
-    @property
-    def token_ids(self) -> list[int]:
-        return self.prompt_token_ids + self.output_token_ids
+    def __post_init__(self):
+        self.token_ids = list(self.prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        return len(self.token_ids)
 
     @property
     def first_token_s(self) -> float | None:

@@ -4,6 +4,10 @@ Continuous batching in the terms of plan.py. A request waits, is prefilled in to
 merges into the decode batch when its first token is seen, and decodes until it stops. Steps are launched before the
 host has read the last one, so a request's end is noticed up to one step late and its extra token is dropped.
 
+A prompt starts at its first token that is not in the prefix cache (kvcache.py). A request whose next block is being
+computed by another just now waits for it: it holds nothing meanwhile, so nobody can wait for it in turn, and when the
+other ends early it finds no one to wait for and computes the block itself.
+
 Pure state: imports no torch, reads no clock, launches nothing. The engine asks ``next_work`` and reports
 ``on_launch`` and ``on_complete``.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from nanodrift.config import BLOCK_SIZE
 from nanodrift.kvcache import BlockPool, blocks_for
 from nanodrift.plan import Completion, DecodeWork, Lane, NewBlocks, PrefillSlice, PrefillWork, RowParams, Ticket, Work
 from nanodrift.request import MAX_STOP_TOKEN_IDS, Request, RequestState
@@ -54,8 +59,9 @@ class Scheduler:
         max_model_len: int,
         max_prefill_tokens: int,
         prefill_layers: int | None = None,
+        prefix_caching: bool = True,
     ):
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, has_tree=prefix_caching)
         self.num_layers = num_layers
         self.max_model_len = max_model_len
         self.max_prefill_tokens = max_prefill_tokens
@@ -126,6 +132,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.requests)
 
+    @property
+    def num_leaked_blocks(self) -> int:
+        """Blocks that are held while no request is there to hold them: never anything but 0."""
+        return 0 if self.requests else self.pool.num_used_blocks
+
     # ---- what runs next ----------------------------------------------------------------------------------------
 
     def next_work(self, lane: Lane, now_s: float) -> Work | None:
@@ -151,6 +162,7 @@ class Scheduler:
             request.num_in_flight -= 1
             if Lane.DECODE in work.lanes:
                 request.num_launched_tokens -= 1
+        self._enter_written_blocks(work)
         for request_id, token_id in completion.tokens:
             request = self.requests[request_id]
             if request.is_finished:
@@ -176,7 +188,7 @@ class Scheduler:
         if not batch:
             return None
         num_missing = sum(self._num_missing_blocks(request) for request in batch)
-        if num_missing > self.pool.num_free_blocks:
+        if num_missing > self.pool.num_available_blocks:
             if self._is_busy():  # what is in flight may end requests; and a block in use cannot be taken back
                 self._is_draining = True
                 return None
@@ -204,23 +216,27 @@ class Scheduler:
         return blocks_for(request.num_tokens + request.num_launched_tokens) - len(request.block_ids)
 
     def _preempt_for(self, batch: list[Request]) -> list[Request]:
-        """Takes the blocks of the youngest requests back until the others of the batch can step. Nothing is in flight.
+        """Takes the blocks of requests back until the others of the batch can step. Nothing is in flight.
 
-        They keep their tokens, go to the head of the queue and are computed again later. The oldest is never taken: it
-        fits alone, or ``add`` had refused it.
+        Those that cost least to compute again go first, the younger of two equals. They keep their tokens and go to the
+        head of the queue; their full blocks stay cached while there is room. The oldest is never taken: it fits alone,
+        or ``check`` had refused it, so every request gets through at the latest when it is the oldest.
         """
-        holders = sorted(self.prefilling + self.running, key=lambda request: request.number)
-        while sum(self._num_missing_blocks(request) for request in batch) > self.pool.num_free_blocks:
-            victim = holders.pop()
-            self._queue_of(victim).remove(victim)
-            self._give_back(victim)
-            victim.state = RequestState.WAITING
-            victim.num_computed_tokens = 0
-            victim.num_preemptions += 1
-            self.num_preemptions += 1
-            self.waiting.appendleft(victim)
+        holders = sorted(self.prefilling + self.running, key=lambda request: request.number)[1:]
+        while sum(self._num_missing_blocks(request) for request in batch) > self.pool.num_available_blocks:
+            victim = min(holders, key=lambda request: (self.pool.num_lost_tokens(request), -request.number))
+            holders.remove(victim)
+            self._preempt(victim)
             batch = [request for request in batch if request is not victim]
         return batch
+
+    def _preempt(self, victim: Request) -> None:
+        self._queue_of(victim).remove(victim)
+        self._give_back(victim)
+        victim.state = RequestState.WAITING
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(victim)
 
     # ---- prefill lane ------------------------------------------------------------------------------------------
 
@@ -246,23 +262,33 @@ class Scheduler:
         room, slices, new_blocks = self.max_prefill_tokens, [], []
         for request in self.prefilling:
             room -= self._take_slice(request, room, slices)
-        while room > 0 and self.waiting and self._can_admit(self.waiting[0]):
-            request = self.waiting.popleft()
-            request.row = self._free_rows.popleft()
-            request.state = RequestState.PREFILL
-            request.scheduled_s = now_s if request.scheduled_s is None else request.scheduled_s
-            self.prefilling.append(request)
-            new_blocks.append(self._grow(request, blocks_for(request.num_tokens)))
-            room -= self._take_slice(request, room, slices)
+        passed, num_kept_blocks = [], 0  # requests that wait for a prefix; what those behind must leave to them
+        while room > 0 and self.waiting and len(self._free_rows) > len(passed):
+            request = self.waiting[0]
+            self.pool.match(request)
+            num_blocks = self.pool.num_missing_blocks(request) + len(self.prefilling) + len(self.running)
+            if num_blocks + num_kept_blocks > self.pool.num_available_blocks:
+                break  # a block for each request under way must be left, so that admission is not soon undone
+            self.waiting.popleft()
+            if any(self.pool.is_about_to_write(owner, request) for owner in self.prefilling):
+                passed.append(request)
+                num_kept_blocks += self.pool.num_missing_blocks(request) + 1
+            else:
+                new_blocks.append(self._admit(request, now_s))
+                room -= self._take_slice(request, room, slices)
+        self.waiting.extendleft(reversed(passed))
         if not slices:
             return None
         self._num_batches += 1
         return _PrefillBatch(self._num_batches, tuple(slices), tuple(new_blocks))
 
-    def _can_admit(self, request: Request) -> bool:
-        """A row, blocks for all its tokens, and one block left for each running request, so that it is not undone."""
-        num_blocks = blocks_for(request.num_tokens) + len(self.running)
-        return bool(self._free_rows) and num_blocks <= self.pool.num_free_blocks
+    def _admit(self, request: Request, now_s: float) -> NewBlocks:
+        self.pool.admit(request)
+        request.row = self._free_rows.popleft()
+        request.state = RequestState.PREFILL
+        request.scheduled_s = now_s if request.scheduled_s is None else request.scheduled_s
+        self.prefilling.append(request)
+        return NewBlocks(request.row, 0, tuple(request.block_ids))
 
     def _take_slice(self, request: Request, room: int, slices: list[PrefillSlice]) -> int:
         """Appends the request's next slice of at most ``room`` tokens; returns its length."""
@@ -271,7 +297,9 @@ class Scheduler:
         if end == start:
             return 0
         params = request.row_params if end == request.num_tokens else None
-        slices.append(PrefillSlice(request.request_id, request.row, start, tuple(request.token_ids[start:end]), params))
+        writes_kv = end > request.num_written_tokens  # else all is cached, and its last token runs for the next one
+        token_ids = tuple(request.token_ids[start:end])
+        slices.append(PrefillSlice(request.request_id, request.row, start, token_ids, params, writes_kv))
         request.num_computed_tokens = end
         return end - start
 
@@ -279,6 +307,7 @@ class Scheduler:
 
     def _take_token(self, request: Request, token_id: int, now_s: float) -> TokenEvent:
         request.output_token_ids.append(token_id)
+        request.token_ids.append(token_id)
         request.token_s.append(now_s)
         num_output_tokens = len(request.output_token_ids)
         if token_id in request.stop_token_ids and num_output_tokens > request.params.min_tokens:
@@ -287,18 +316,31 @@ class Scheduler:
             self.finish(request.request_id, "length")
         if request.is_finished:
             request.finished_s = now_s
-        return TokenEvent(request.request_id, (token_id,), request.finish_reason, request.stop_reason)
+        num_cached_tokens = request.num_cached_tokens if num_output_tokens == 1 else 0
+        reasons = (request.finish_reason, request.stop_reason)
+        return TokenEvent(request.request_id, (token_id,), *reasons, num_cached_tokens)
+
+    def _enter_written_blocks(self, work: Work) -> None:
+        """Completed work has written KV: where that fills a block, others may use it from now on."""
+        if isinstance(work, PrefillWork):
+            written = [(s.request_id, s.end) for s in work.slices] if work.is_last else []
+        else:  # only a step that fills a block is worth a look; a dropped token was fed to the last one
+            steps = zip(work.request_ids, work.positions, strict=True)
+            written = [(request_id, position + 1) for request_id, position in steps]
+        for request_id, num_tokens in written:
+            request = self.requests[request_id]
+            request.num_written_tokens = max(request.num_written_tokens, min(num_tokens, request.num_tokens))
+            if request.num_written_tokens // BLOCK_SIZE > len(request.nodes):
+                self.pool.enter(request)
 
     def _grow(self, request: Request, num_blocks: int) -> NewBlocks:
-        block_ids = self.pool.allocate(num_blocks)
         first_index = len(request.block_ids)
-        request.block_ids += block_ids
-        return NewBlocks(request.row, first_index, tuple(block_ids))
+        return NewBlocks(request.row, first_index, tuple(self.pool.allocate(request, num_blocks)))
 
     def _give_back(self, request: Request) -> None:
-        self.pool.free(request.block_ids)
+        self.pool.release(request)
         self._free_rows.append(request.row)
-        request.block_ids, request.row = [], None
+        request.row = None
 
     def _release_if_idle(self, request: Request) -> None:
         """A finished request leaves when nothing in flight or about to be launched touches its row and blocks."""

@@ -105,6 +105,7 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
         max_model_len=max_model_len,
         max_prefill_tokens=config.max_prefill_tokens,
         prefill_layers=config.prefill_layers,
+        prefix_caching=config.prefix_caching,
     )
     engine = Engine(
         scheduler,

@@ -1,13 +1,17 @@
-"""An executor in plain Python that keeps a real paged memory of token ids, for tests of the scheduler.
+"""An executor in plain Python that keeps a real paged memory, for tests of the scheduler.
 
-Every piece of work is carried out when it completes, in launch order, and everything it reads is checked: the block
-table must lead from each position of a request to the token that belongs there. The next token is a fixed function of
-all tokens so far, so a run that was chunked, preempted and recomputed must write what an undisturbed run writes.
+Work is carried out when it completes: in launch order within a lane, the lanes in any order. Everything it reads is
+checked, layer by layer: the block table must lead from each position of a request to the token that belongs there, and
+that must have been computed with exactly the tokens before it. So a block that was handed out too early, overwritten
+while it was read, shared before its last layer was written or found under the wrong prefix does not go unnoticed. The
+next token is a fixed function of all tokens so far, so a run that was chunked, preempted and recomputed must write what
+an undisturbed run writes.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from random import Random
 
 from nanodrift.config import BLOCK_SIZE
@@ -15,6 +19,8 @@ from nanodrift.executor import VirtualClock
 from nanodrift.plan import Completion, Partition, PrefillWork, Ticket
 
 VOCAB_SIZE = 50
+
+Entry = tuple[int, int]  # what lies at a position: its token id, and a number that stands for it and all before it
 
 
 def next_token(token_ids: list[int]) -> int:
@@ -28,23 +34,38 @@ def expected_output(prompt: list[int], num_tokens: int) -> list[int]:
     return token_ids[len(prompt) :]
 
 
+def entries_after(entries: list[Entry], token_ids) -> list[Entry]:
+    """What belongs at the positions of ``token_ids``, which follow ``entries``."""
+    new, before = [], entries[-1][1] if entries else 0
+    for token in token_ids:
+        before = hash((before, token))
+        new.append((token, before))
+    return new
+
+
 class PagedMachine:
-    """Completes at most ``max_per_wait`` tickets a wait, oldest first (``seed`` draws how many)."""
+    """``seed`` draws how many tickets a wait completes, and of which lane."""
 
     def __init__(self, num_blocks: int, num_rows: int, num_layers: int, max_prefill_tokens: int = 10**6, seed: int = 0):
         self.clock = VirtualClock()
         self.partitions = (Partition(1, 1, is_shared=True),)
         self.num_layers, self.num_blocks, self.num_rows = num_layers, num_blocks, num_rows
         self.max_prefill_tokens, self.device_name = max_prefill_tokens, "paged machine"
-        self.memory: dict[tuple[int, int], int] = {}  # (block, offset) -> token id
+        self.memory: list[dict[int, list[Entry | None]]] = [
+            {block_id: [None] * BLOCK_SIZE for block_id in range(1, num_blocks + 1)} for _ in range(num_layers)
+        ]
         self.tables: dict[int, dict[int, int]] = {row: {} for row in range(num_rows)}
         self.last_token: dict[int, tuple[int, int]] = {}  # row -> (position, token id)
+        self.fed: dict[int, list[Entry]] = {}  # row -> what the positions of its request must hold
         self.in_flight: deque[Ticket] = deque()
         self.launches: list = []
         self.layers_done: dict[int, int] = {}
+        self.num_prefill_tokens = 0  # computed in all
         self.random = Random(seed)
+        self.watch_launch: Callable = lambda work: None
 
     def launch(self, work, partition) -> Ticket:
+        self.watch_launch(work)
         ticket = Ticket(len(self.launches), work, partition, self.clock.now())
         self.launches.append(work)
         self.in_flight.append(ticket)
@@ -58,12 +79,18 @@ class PagedMachine:
         self.clock.advance_to(self.clock.now() + 1.0)
         done = []
         for _ in range(self.random.randint(1, len(self.in_flight))):
-            ticket = self.in_flight.popleft()
+            ticket = self.random.choice([t for i, t in enumerate(self.in_flight) if self._is_first(i)])
+            self.in_flight.remove(ticket)
             done.append(Completion(ticket, self.clock.now(), self._carry_out(ticket.work)))
         return done
 
     def close(self):
         pass
+
+    def _is_first(self, index: int) -> bool:
+        """Of its lane."""
+        lanes = set(self.in_flight[index].work.lanes)
+        return not any(lanes & set(self.in_flight[i].work.lanes) for i in range(index))
 
     def _carry_out(self, work):
         for new in work.new_blocks:
@@ -75,32 +102,46 @@ class PagedMachine:
             assert work.last_layer > done
             assert work.is_last == (work.last_layer == self.num_layers)
             self.layers_done[work.batch_id] = work.last_layer
-            if work.first_layer == 0:
-                for piece in work.slices:
-                    for position, token in enumerate(piece.token_ids, piece.start):
-                        self._write(piece.row, position, token)
+            self.num_prefill_tokens += work.num_tokens if work.is_last else 0
+            for piece in work.slices:
+                if work.first_layer == 0:
+                    self._feed(piece)
+                self._run(piece.row, piece.start, piece.end, work.first_layer, work.last_layer, piece.writes_kv)
             if not work.is_last:
                 return ()
-            return tuple(
-                (piece.request_id, self._sample(piece.row, piece.end))
-                for piece in work.slices
-                if piece.params is not None
-            )
+            return tuple((s.request_id, self._sample(s.row)) for s in work.slices if s.params is not None)
         tokens = []
         assert len(set(work.rows)) == len(work.rows), "a row twice in one step"
         for request_id, row, position in zip(work.request_ids, work.rows, work.positions, strict=True):
             at, token = self.last_token[row]
             assert at == position, f"row {row} stands at {at}, the scheduler thinks {position}"
-            self._write(row, position, token)
-            tokens.append((request_id, self._sample(row, position + 1)))
+            self.fed[row] += entries_after(self.fed[row], [token])
+            self._run(row, position, position + 1, 0, self.num_layers, True)
+            tokens.append((request_id, self._sample(row)))
         return tuple(tokens)
 
-    def _write(self, row, position, token):
-        index, offset = divmod(position, BLOCK_SIZE)
-        self.memory[(self.tables[row][index], offset)] = token
+    def _feed(self, piece) -> None:
+        """A chunk begins: what stands before it must be one sequence, whoever computed it."""
+        before = self._read(0, piece.row, piece.start)
+        assert None not in before, f"{piece.request_id}: nothing was written in its prefix"
+        assert before == entries_after([], [token for token, _ in before]), f"{piece.request_id}: its prefix is mixed"
+        self.fed[piece.row] = before + entries_after(before, piece.token_ids)
 
-    def _sample(self, row, num_tokens):
-        context = [self.memory[(self.tables[row][p // BLOCK_SIZE], p % BLOCK_SIZE)] for p in range(num_tokens)]
-        token = next_token(context)
-        self.last_token[row] = (num_tokens, token)
+    def _run(self, row: int, start: int, end: int, first_layer: int, last_layer: int, writes_kv: bool) -> None:
+        """Computes positions start .. end in some layers: writes them, and reads all up to them."""
+        entries = self.fed[row][:end]
+        for layer in range(first_layer, last_layer):
+            for position in range(start, end) if writes_kv else ():
+                block_id = self.tables[row][position // BLOCK_SIZE]
+                self.memory[layer][block_id][position % BLOCK_SIZE] = entries[position]
+            assert self._read(layer, row, end) == entries, f"row {row} reads foreign keys in layer {layer}"
+
+    def _read(self, layer: int, row: int, num_tokens: int) -> list[Entry | None]:
+        num_blocks = -(-num_tokens // BLOCK_SIZE)
+        found = [entry for i in range(num_blocks) for entry in self.memory[layer][self.tables[row][i]]]
+        return found[:num_tokens]
+
+    def _sample(self, row: int) -> int:
+        token = next_token([token for token, _ in self.fed[row]])
+        self.last_token[row] = (len(self.fed[row]), token)
         return token

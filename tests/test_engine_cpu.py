@@ -1,5 +1,7 @@
 """The engine on the CPU executor with a small random model: what the scheduler does must not show in the tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -39,7 +41,7 @@ def model():
     return Model(config, dummy_weights(config, torch.device("cpu"), torch.float32, seed=3))
 
 
-def make_engine(model, num_blocks=40, num_rows=8, max_prefill_tokens=256, prefill_layers=None):
+def make_engine(model, num_blocks=40, num_rows=8, max_prefill_tokens=256, prefill_layers=None, prefix_caching=True):
     executor = CpuExecutor(
         model, num_blocks=num_blocks, num_rows=num_rows, max_model_len=512, max_prefill_tokens=max_prefill_tokens
     )
@@ -50,6 +52,7 @@ def make_engine(model, num_blocks=40, num_rows=8, max_prefill_tokens=256, prefil
         max_model_len=512,
         max_prefill_tokens=max_prefill_tokens,
         prefill_layers=prefill_layers,
+        prefix_caching=prefix_caching,
     )
     return Engine(scheduler, executor, vocab_size=VOCAB_SIZE, eos_token_ids=(7,))
 
@@ -86,11 +89,15 @@ SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, max_tokens=24, i
         {"prefill_layers": 1},
         {"max_prefill_tokens": 50, "prefill_layers": 2},
         {"num_rows": 1},
-        {"num_blocks": 5},
+        {"prefix_caching": False},
+        {"num_blocks": 6},
+        {"num_blocks": 6, "prefix_caching": False},
     ],
     ids=str,
 )
 def test_outputs_do_not_depend_on_the_schedule(model, params, options):
+    if "num_blocks" in options:
+        params = replace(params, max_tokens=120)  # the longest needs 5 blocks
     plain = outputs(make_engine(model), params)
     engine = make_engine(model, **options)
     assert outputs(engine, params) == plain
@@ -144,3 +151,68 @@ def test_a_fused_step_gives_the_tokens_of_separate_ones(model):
     (both,) = fused.wait(None)
     assert first == first_again
     assert both.tokens == chunk.tokens + step.tokens
+
+
+def chat(engine, params, num_turns=4, num_chats=3):
+    """Conversations side by side, each turn its own history and 30 new tokens. Returns requests, chat by chat."""
+    histories, turns = [prompts()[4] for _ in range(num_chats)], [[] for _ in range(num_chats)]
+    for turn in range(num_turns):
+        for i in range(num_chats):
+            histories[i] = histories[i] + [(turn * 31 + i * 17 + j) % VOCAB_SIZE for j in range(30)]
+            turns[i].append(engine.new_request(histories[i], replace(params, seed=turn)))
+            engine.add(turns[i][-1])
+        while engine.has_work:
+            engine.step()
+        histories = [requests[-1].token_ids for requests in turns]
+    return [request for requests in turns for request in requests]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_prefill_tokens": 50, "prefill_layers": 1}, {"num_blocks": 12}], ids=str
+)  # 12 blocks: two of the three at most, and the third's cached history is soon evicted
+def test_the_prefix_cache_does_not_show_in_the_tokens(model, params, options):
+    off, on = (make_engine(model, prefix_caching=caching, **options) for caching in (False, True))
+    expected, found = chat(off, params), chat(on, params)
+    assert [r.output_token_ids for r in found] == [r.output_token_ids for r in expected]
+    assert all(r.num_cached_tokens == 0 for r in expected)
+    assert sum(r.num_cached_tokens > 0 for r in found) >= len(found) - 1 - 5 * ("num_blocks" in options)
+    on.scheduler.pool.check([])
+
+
+@pytest.mark.parametrize("num_prompt", [64, 128])
+def test_a_full_hit_computes_one_token_and_writes_nothing(model, num_prompt):
+    engine = make_engine(model)
+    prompt = [(i * 11) % VOCAB_SIZE for i in range(num_prompt)]
+
+    def serve():
+        request = engine.new_request(prompt, GREEDY)
+        engine.add(request)
+        while engine.has_work:
+            engine.step()
+        return request
+
+    first = serve()
+    kv = engine.executor._prefill.kv
+    cached = [node.block_id for node in first.nodes]
+    before = kv.k[:, cached].clone(), kv.v[:, cached].clone()
+    again = serve()
+    assert again.num_cached_tokens == num_prompt - 1
+    assert again.output_token_ids == first.output_token_ids
+    assert torch.equal(before[0], kv.k[:, cached]) and torch.equal(before[1], kv.v[:, cached])
+
+
+def test_the_embedded_model_tells_the_same_story_from_the_cache():
+    from nanodrift import LLM
+
+    options = {"device": "cpu", "max_model_len": 512, "max_num_seqs": 4}
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=90)
+    history, stories = "Once upon a time there was a little fox who lived in the woods. ", []
+    with LLM(**options) as on, LLM(prefix_caching=False, **options) as off:
+        for _turn in range(3):
+            with_cache, without = (llm.generate(history, params, progress=False)[0] for llm in (on, off))
+            assert with_cache.text == without.text
+            assert without.num_cached_tokens == 0
+            stories.append(with_cache.num_cached_tokens)
+            history += with_cache.text + " Then "
+    assert stories[0] == 0 and stories[2] >= 64, stories

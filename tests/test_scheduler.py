@@ -1,20 +1,28 @@
 """The scheduler under the engine's loop, on a machine that checks every position it reads (paged_machine.py)."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from paged_machine import VOCAB_SIZE, PagedMachine, expected_output
 
+from nanodrift.config import BLOCK_SIZE
 from nanodrift.engine import Engine
-from nanodrift.kvcache import BlockPool, blocks_for
+from nanodrift.kvcache import blocks_for
 from nanodrift.plan import DecodeWork, PrefillWork
-from nanodrift.request import SamplingParams
+from nanodrift.request import RequestState, SamplingParams
 from nanodrift.scheduler import Scheduler
 
 
 def make_engine(
-    num_blocks=64, num_rows=8, num_layers=4, max_model_len=1024, max_prefill_tokens=100, prefill_layers=None, seed=0
+    num_blocks=64,
+    num_rows=8,
+    num_layers=4,
+    max_model_len=1024,
+    max_prefill_tokens=100,
+    prefill_layers=None,
+    seed=0,
+    **options,
 ):
     machine = PagedMachine(num_blocks, num_rows, num_layers, seed=seed)
     scheduler = Scheduler(
@@ -24,15 +32,42 @@ def make_engine(
         max_model_len=max_model_len,
         max_prefill_tokens=max_prefill_tokens,
         prefill_layers=prefill_layers,
+        **options,
     )
+    machine.watch_launch = lambda work: check_written_blocks(scheduler, work)
     return Engine(scheduler, machine, vocab_size=VOCAB_SIZE), machine
 
 
-def add(engine, prompt, max_tokens, **params):
+def check_written_blocks(scheduler, work):
+    """What is launched may write only into blocks that one request holds and the tree does not know."""
+    if isinstance(work, PrefillWork):
+        spans = [(s.request_id, s.start, s.end) for s in work.slices if s.writes_kv]
+    else:
+        spans = [(name, at, at + 1) for name, at in zip(work.request_ids, work.positions, strict=True)]
+    for request_id, start, end in spans:
+        for block_id in scheduler.requests[request_id].block_ids[start // BLOCK_SIZE : blocks_for(end)]:
+            assert scheduler.pool._num_holders[block_id] == 1, f"block {block_id} has two writers"
+            assert scheduler.pool._nodes[block_id] is None, f"block {block_id} is read only"
+
+
+def add(engine, prompt, max_tokens, cache_salt=None, **params):
     params = {"ignore_eos": True, **params}
-    request = engine.new_request(list(prompt), SamplingParams(max_tokens=max_tokens, **params))
+    request = engine.new_request(list(prompt), SamplingParams(max_tokens=max_tokens, **params), cache_salt=cache_salt)
     engine.add(request)
     return request
+
+
+def check_outputs(*requests):
+    for request in requests:
+        assert request.output_token_ids == expected_output(request.prompt_token_ids, request.params.max_tokens)
+
+
+def check_empty(engine):
+    """No request is left, and no block is unaccounted for."""
+    assert not engine.scheduler.requests
+    engine.scheduler.pool.check([])
+    assert engine.stats()["kv_blocks_leaked"] == engine.scheduler.pool.num_used_blocks == 0
+    assert len(engine.scheduler._free_rows) == engine.executor.num_rows
 
 
 def run(engine, max_steps=10_000):
@@ -59,7 +94,7 @@ def test_every_chunking_writes_the_same_tokens(prefill_layers, max_prefill_token
         assert request.output_token_ids == expected_output(prompt_of(n, n), out)
         assert request.finish_reason == "length"
         assert len(request.token_s) == out
-    assert engine.scheduler.pool.num_used_blocks == 0
+    check_empty(engine)
     for work in machine.launches:
         if isinstance(work, PrefillWork):
             assert work.num_tokens <= max_prefill_tokens
@@ -86,7 +121,7 @@ def test_preemption_recomputes_and_loses_nothing():
     assert requests[0].num_preemptions == 0, "the oldest is never preempted"
     for request, (n, out) in zip(requests, sizes, strict=True):
         assert request.output_token_ids == expected_output(prompt_of(n, n), out)
-    assert engine.scheduler.pool.num_used_blocks == 0
+    check_empty(engine)
 
 
 def test_more_requests_than_rows_wait_their_turn():
@@ -145,7 +180,7 @@ def test_abort_at_any_moment_frees_everything(num_turns):
     run(engine)
     assert doomed.finish_reason == "abort"
     assert other.output_token_ids == expected_output(prompt_of(40, 4), 12)
-    assert engine.scheduler.pool.num_used_blocks == 0
+    check_empty(engine)
 
 
 def test_future_arrivals_wait_for_their_time():
@@ -169,8 +204,252 @@ def test_two_runs_launch_the_same_work():
     assert launches() == launches()
 
 
+# ---- prefix cache ---------------------------------------------------------------------------------------------------
+
+
+def num_computed(machine, action):
+    """Prompt tokens that were computed while ``action`` ran."""
+    before = machine.num_prefill_tokens
+    action()
+    return machine.num_prefill_tokens - before
+
+
+@pytest.mark.parametrize("num_prompt", [64, 128, 192])
+def test_a_full_hit_computes_one_token(num_prompt):
+    engine, machine = make_engine()
+    first = add(engine, prompt_of(num_prompt), 5)
+    run(engine)
+    again = add(engine, prompt_of(num_prompt), 70)
+    assert num_computed(machine, lambda: run(engine)) == 1
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, num_prompt - 1)
+    check_outputs(first, again)
+    check_empty(engine)
+
+
+def test_many_full_hits_at_once_share_their_blocks():
+    engine, machine = make_engine(num_blocks=12)
+    run_first = add(engine, prompt_of(128), 2)
+    run(engine)
+    crowd = [add(engine, prompt_of(128), 40) for _ in range(8)]
+    assert num_computed(machine, lambda: run(engine)) == 8
+    assert engine.scheduler.num_preemptions == 0, "8 x 3 blocks would not fit, 2 + 8 do"
+    check_outputs(run_first, *crowd)
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("num_prompt", [63, 64, 65, 127, 128, 129, 200])
+@pytest.mark.parametrize("chunk", [64, 128, 50])
+@pytest.mark.parametrize("prefill_layers", [None, 1])
+def test_chunk_ends_and_block_ends_in_any_relation(num_prompt, chunk, prefill_layers):
+    engine, machine = make_engine(max_prefill_tokens=chunk, prefill_layers=prefill_layers)
+    first = add(engine, prompt_of(num_prompt), 3)
+    run(engine)
+    longer = add(engine, prompt_of(num_prompt + 70), 3)
+    cached = num_prompt // BLOCK_SIZE * BLOCK_SIZE  # the same ids go on, so 64 - n of the output rarely fit as well
+    assert num_computed(machine, lambda: run(engine)) == num_prompt + 70 - longer.num_cached_tokens
+    assert longer.num_cached_tokens == cached
+    check_outputs(first, longer)
+    check_empty(engine)
+
+
+def test_the_next_turn_finds_the_answer_too():
+    engine, machine = make_engine()
+    prompt, computed = prompt_of(60), []
+    for _turn in range(4):
+        request = add(engine, prompt, 50)
+        computed.append(num_computed(machine, lambda: run(engine)))
+        check_outputs(request)
+        prompt = request.token_ids + prompt_of(20, 9)
+    # the last token of an answer is never fed, so a turn finds the full blocks of all but one token
+    assert computed == [60, 130 - 64, 200 - 128, 270 - 192 - 64 * (249 // 64 > 3)]
+    check_empty(engine)
+
+
+def test_a_request_under_way_shares_what_it_has_written():
+    engine, _ = make_engine()
+    talker = add(engine, prompt_of(70), 100)
+    while len(talker.output_token_ids) < 70:
+        engine.step()
+    listener = add(engine, talker.token_ids[:135], 5)
+    run(engine)
+    assert listener.num_cached_tokens == 128
+    check_outputs(talker, listener)
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("layers, chunk", [(None, 1000), (1, 1000), (2, 40)])
+def test_two_who_race_for_one_prefix_compute_it_once(layers, chunk):
+    engine, machine = make_engine(prefill_layers=layers, max_prefill_tokens=chunk)
+    pair = [add(engine, prompt_of(200) + tail, 9) for tail in (prompt_of(30, 2), prompt_of(50, 3))]
+    assert num_computed(machine, lambda: run(engine)) == 230 + 250 - 192
+    assert [request.num_cached_tokens for request in pair] == [0, 192]
+    check_outputs(*pair)
+    check_empty(engine)
+
+
+def test_identical_requests_at_once_agree():
+    engine, machine = make_engine()
+    crowd = [add(engine, prompt_of(100), 100) for _ in range(6)]
+    assert num_computed(machine, lambda: run(engine)) == 100 + 5 * 36
+    check_outputs(*crowd)
+    assert engine.scheduler.pool.num_cached_blocks == 199 // BLOCK_SIZE, "six times written, known once"
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("num_turns", range(14))
+@pytest.mark.parametrize("victims", [(0,), (1,), (0, 1)], ids=["owner", "waiter", "both"])
+def test_abort_in_any_phase_while_another_waits(num_turns, victims):
+    engine, _ = make_engine(prefill_layers=1, max_prefill_tokens=150, seed=num_turns)
+    requests = [add(engine, prompt_of(200) + prompt_of(10, i), 20) for i in range(3)]
+    for _ in range(num_turns):
+        engine.step()
+        engine.scheduler.pool.check(engine.scheduler.requests.values())
+    doomed = [requests[i] for i in victims]
+    for request in doomed:
+        engine.abort(request.request_id)
+    run(engine)
+    assert all(request.finish_reason == "abort" for request in doomed)
+    check_outputs(*(request for request in requests if request not in doomed))
+    check_empty(engine)
+
+
+def test_owner_aborted_in_the_middle_of_its_layers():
+    engine, machine = make_engine(prefill_layers=1, max_prefill_tokens=1000)
+    owner, waiter = (add(engine, prompt_of(200) + prompt_of(10, i), 5) for i in range(2))
+    engine.step()
+    assert owner.state is RequestState.PREFILL and waiter.state is RequestState.WAITING
+    engine.abort(owner.request_id)
+    run(engine)
+    assert waiter.num_cached_tokens == 0, "nothing of the owner's was complete"
+    assert machine.num_prefill_tokens == 210
+    check_outputs(waiter)
+    check_empty(engine)
+
+
+def test_those_behind_one_who_waits_pass_but_do_not_take_its_place():
+    engine, _ = make_engine(max_prefill_tokens=1000)
+    owner, waiter = (add(engine, prompt_of(400) + prompt_of(9, i), 5) for i in range(2))
+    other = add(engine, prompt_of(10, 5), 5)
+    run(engine)
+    assert other.scheduled_s < waiter.scheduled_s, "it need not wait for a prefix it does not share"
+    check_outputs(owner, waiter, other)
+    for scarce in ({"num_rows": 2}, {"num_blocks": 16}):  # a row each for owner and waiter; 7 + 7 blocks and reserves
+        engine, _ = make_engine(max_prefill_tokens=100, **scarce)
+        owner, waiter = (add(engine, prompt_of(400) + prompt_of(9, i), 5) for i in range(2))
+        crowd = [add(engine, prompt_of(60, 5 + i), 60) for i in range(12)]
+        run(engine)
+        assert all(waiter.scheduled_s <= request.scheduled_s for request in crowd)
+        check_outputs(owner, waiter, *crowd)
+        check_empty(engine)
+
+
+def test_salts_do_not_share():
+    engine, machine = make_engine()
+    salts = [None, "a", "b", "a"]
+    requests = [add(engine, prompt_of(150), 4, cache_salt=salt) for salt in salts]
+    assert num_computed(machine, lambda: run(engine)) == 3 * 150 + 22
+    assert [request.num_cached_tokens for request in requests] == [0, 0, 0, 128]
+    check_outputs(*requests)
+    check_empty(engine)
+
+
+def test_without_prefix_caching_everything_is_computed():
+    engine, machine = make_engine(prefix_caching=False)
+    requests = [add(engine, prompt_of(150), 4) for _ in range(3)]
+    assert num_computed(machine, lambda: run(engine)) == 450
+    assert engine.scheduler.pool.num_cached_blocks == 0
+    check_outputs(*requests)
+    check_empty(engine)
+
+
+def test_cached_tokens_are_told_once():
+    engine, _ = make_engine()
+    add(engine, prompt_of(130), 3)
+    run(engine)
+    request = add(engine, prompt_of(130), 3)
+    events = run(engine)
+    assert [event.num_cached_tokens for event in events if event.request_id == request.request_id] == [128, 0, 0]
+    stats = engine.stats()
+    assert (stats["prefix_cache_queries_total"], stats["prefix_cache_hits_total"]) == (260, 128)
+
+
+# ---- pressure -------------------------------------------------------------------------------------------------------
+
+
+def test_cached_blocks_go_before_anybody_is_preempted():
+    engine, _ = make_engine(num_blocks=8)
+    for i in range(4):
+        add(engine, prompt_of(130, i), 10)
+        run(engine)
+    assert engine.scheduler.pool.num_free_blocks < 3
+    requests = [add(engine, prompt_of(150, 10 + i), 40) for i in range(2)]
+    run(engine)
+    assert engine.scheduler.num_preemptions == 0
+    check_outputs(*requests)
+    check_empty(engine)
+
+
+def test_the_preempted_find_their_own_prefix_again():
+    engine, machine = make_engine(num_blocks=9, max_prefill_tokens=1000)
+    requests = [add(engine, prompt_of(100, i), 150) for i in range(3)]
+    run(engine)
+    assert engine.scheduler.num_preemptions > 0
+    again = [s.start for w in machine.launches if isinstance(w, PrefillWork) for s in w.slices if s.start > 0]
+    assert again and all(start >= BLOCK_SIZE for start in again)
+    assert all(request.num_cached_tokens == 0 for request in requests), "one's own work is no hit"
+    check_outputs(*requests)
+    check_empty(engine)
+
+
+def test_the_cheapest_to_bring_back_is_preempted():
+    engine, _ = make_engine(num_blocks=14, max_prefill_tokens=1000)
+    oldest, long, short, longest = (add(engine, prompt_of(n, n), 150) for n in (180, 190, 20, 250))
+    while engine.scheduler.num_preemptions == 0:
+        engine.step()
+    assert [r.num_preemptions for r in (oldest, long, short, longest)] == [0, 0, 1, 0]
+    run(engine)
+    check_outputs(oldest, long, short, longest)
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_a_pool_of_twice_the_longest_request_serves_200(prefix_caching):
+    longest = blocks_for(150 + 100)
+    engine, _ = make_engine(2 * longest, 16, 2, max_prefill_tokens=128, seed=1, prefix_caching=prefix_caching)
+    sizes = [(1 + (i * 37) % 150, 1 + (i * 53) % 100) for i in range(200)]
+    requests = [add(engine, prompt_of(n, i % 7), out) for i, (n, out) in enumerate(sizes)]
+    with pytest.raises(ValueError, match=rf"{2 * longest + 1} KV blocks.*cache has {2 * longest}"):
+        add(engine, prompt_of(100), 2 * longest * BLOCK_SIZE - 99)
+    run(engine)
+    assert engine.scheduler.num_preemptions > 0
+    check_outputs(*requests)
+    check_empty(engine)
+
+
+def test_pressure_does_not_thrash():
+    """Admission leaves a block for everybody, so a preemption buys many steps."""
+    engine, machine = make_engine(num_blocks=16, num_rows=16, max_prefill_tokens=1000)
+    requests = [add(engine, prompt_of(100, i), 150) for i in range(12)]
+    computed = num_computed(machine, lambda: run(engine))
+    assert 0 < engine.scheduler.num_preemptions <= 2 * len(requests)
+    assert computed <= 2.5 * 100 * len(requests)
+    check_outputs(*requests)
+    check_empty(engine)
+
+
+def test_a_leak_would_show():
+    engine, _ = make_engine()
+    request = add(engine, prompt_of(100), 3)
+    run(engine)
+    engine.scheduler.pool.allocate(request, 2)
+    assert engine.stats()["kv_blocks_leaked"] == 2
+
+
 class EngineMachine(RuleBasedStateMachine):
-    """Add, step and abort in any order; the memory, the rows and the outputs must stay consistent throughout."""
+    """Add, step, abort, preempt and evict in any order, over prompts that share prefixes and continue each other.
+
+    Memory, rows and outputs must stay consistent throughout, and every request must end exactly once.
+    """
 
     @initialize(
         num_blocks=st.integers(4, 12),
@@ -183,20 +462,54 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine, self.machine = make_engine(
             num_blocks, num_rows, 3, max_model_len=200, max_prefill_tokens=chunk, prefill_layers=layers, seed=seed
         )
-        self.requests = []
+        self.requests, self.ends = [], []
 
-    @rule(num_prompt=st.integers(1, 150), max_tokens=st.integers(1, 120))
-    def add_request(self, num_prompt, max_tokens):
-        prompt = prompt_of(num_prompt, len(self.requests))
+    def add_prompt(self, prompt, max_tokens, salt):
         try:
-            self.requests.append((add(self.engine, prompt, max_tokens), prompt, max_tokens))
+            self.requests.append((add(self.engine, prompt, max_tokens, cache_salt=salt), prompt, max_tokens))
         except ValueError:
-            assert blocks_for(min(num_prompt + max_tokens, 200)) > self.engine.scheduler.pool.num_blocks
+            assert blocks_for(min(len(prompt) + max_tokens, 200)) > self.engine.scheduler.pool.num_blocks
+
+    @rule(
+        family=st.integers(0, 2),
+        num_shared=st.sampled_from([0, 63, 64, 65, 128, 130]),
+        num_own=st.integers(0, 60),
+        max_tokens=st.integers(1, 120),
+        salt=st.sampled_from([None, None, "tenant"]),
+    )
+    def add_request(self, family, num_shared, num_own, max_tokens, salt):
+        prompt = prompt_of(num_shared, family) + prompt_of(num_own, len(self.requests))
+        self.add_prompt(prompt or [1], max_tokens, salt)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), num_new=st.integers(0, 20), max_tokens=st.integers(1, 60))
+    def next_turn(self, data, num_new, max_tokens):
+        request, *_ = data.draw(st.sampled_from(self.requests))
+        self.add_prompt((request.token_ids + prompt_of(num_new, 5))[:190], max_tokens, request.cache_salt)
 
     @rule(num_steps=st.integers(1, 8))
     def step(self, num_steps):
         for _ in range(num_steps):
-            self.engine.step()
+            self.take(self.engine.step())
+
+    def take(self, events):
+        self.ends += [event.request_id for event in events if event.finish_reason is not None]
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def preempt(self, data):
+        scheduler = self.engine.scheduler
+        while scheduler._is_busy():
+            self.take(self.engine.step())
+            scheduler._is_draining = True
+        scheduler._is_draining = False
+        if holders := scheduler.prefilling + scheduler.running:
+            scheduler._preempt(data.draw(st.sampled_from(holders)))
+
+    @rule(num_blocks=st.integers(1, 5))
+    def evict(self, num_blocks):
+        for _ in range(min(num_blocks, self.engine.scheduler.pool.num_cached_blocks)):
+            self.engine.scheduler.pool._evict()
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -205,20 +518,22 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.abort(request.request_id)
 
     @invariant()
-    def blocks_have_one_owner(self):
+    def everything_is_accounted_for(self):
         if not hasattr(self, "engine"):
             return
         scheduler = self.engine.scheduler
-        held = [block_id for request in scheduler.requests.values() for block_id in request.block_ids]
-        assert len(held) == len(set(held)) == scheduler.pool.num_used_blocks
+        scheduler.pool.check(scheduler.requests.values())
+        assert scheduler.num_leaked_blocks == 0
         rows = [request.row for request in scheduler.requests.values() if request.row is not None]
         assert len(rows) == len(set(rows))
 
     def teardown(self):
         if not hasattr(self, "engine"):
             return
-        run(self.engine)
-        assert self.engine.scheduler.pool.num_used_blocks == 0
+        self.take(run(self.engine))
+        check_empty(self.engine)
+        aborted = [r.request_id for r, *_ in self.requests if r.finish_reason == "abort"]
+        assert sorted(self.ends + aborted) == sorted(r.request_id for r, *_ in self.requests), "each ends once"
         for request, prompt, max_tokens in self.requests:
             num_tokens = min(max_tokens, 200 - len(prompt))
             expected = expected_output(prompt, num_tokens)
@@ -232,28 +547,8 @@ EngineMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=
 TestEngineMachine = EngineMachine.TestCase
 
 
-@given(st.lists(st.integers(1, 5), max_size=30))
-@settings(derandomize=True, deadline=None)
-def test_block_pool_conserves_blocks(sizes):
-    pool = BlockPool(40)
-    held = []
-    for size in sizes:
-        if size <= pool.num_free_blocks:
-            held.append(pool.allocate(size))
-        elif held:
-            pool.free(held.pop(0))
-        assert pool.num_free_blocks + sum(map(len, held)) == pool.num_blocks
-    in_use = [b for block_ids in held for b in block_ids]
-    assert len(set(in_use)) == len(in_use)
+@pytest.mark.slow
+class TestEngineMachineAtLength(EngineMachine.TestCase):
+    """10,000 operations."""
 
-
-def test_a_shared_block_returns_with_its_last_holder():
-    pool = BlockPool(2)
-    block_ids = pool.allocate(2)
-    pool.share(block_ids[:1])
-    pool.free(block_ids)
-    assert pool.num_free_blocks == 1
-    pool.free(block_ids[:1])
-    assert pool.num_free_blocks == 2
-    with pytest.raises(AssertionError, match="freed twice"):
-        pool.free(block_ids[:1])
+    settings = settings(max_examples=250, stateful_step_count=40, derandomize=True, deadline=None)
