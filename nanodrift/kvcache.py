@@ -15,8 +15,7 @@ from the root is everything before them. Two rules keep it sound:
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections import OrderedDict, deque
 
 from nanodrift.config import BLOCK_SIZE
 from nanodrift.request import Request
@@ -161,27 +160,6 @@ class BlockPool:
         del node.parent.children[node.key]
         node.parent = self._nodes[block_id] = None
         self._free.append(block_id)
-
-    def check(self, requests: Iterable[Request]) -> None:
-        """Asserts that every block is accounted for by these requests. Walks everything: for tests and for hunts."""
-        held = Counter(block_id for request in requests for block_id in request.block_ids)
-        assert held == Counter(dict(enumerate(self._num_holders))), "a reference count without its request"
-        known, order = {}, {block_id: place for place, block_id in enumerate(self._cached)}
-        branches = [self._root]
-        while branches:
-            node = branches.pop()
-            for key, child in node.children.items():
-                assert child.parent is node and child.key == key and self._nodes[child.block_id] is child
-                assert child.block_id not in known, f"block {child.block_id} stands twice in the tree"
-                known[child.block_id] = child
-                if node.block_id in order:
-                    assert order[child.block_id] < order[node.block_id], "a leaf would outlive its branch"
-                branches.append(child)
-        assert known == {i: node for i, node in enumerate(self._nodes) if node is not None}
-        assert set(order) == {block_id for block_id in known if not held[block_id]}, "cached: known and unheld"
-        outside = [b for b in range(1, self.num_blocks + 1) if not held[b] and b not in known]
-        assert sorted(self._free) == outside, "free: neither known nor held"
-        assert self.num_free_blocks + self.num_cached_blocks + sum(n > 0 for n in held.values()) == self.num_blocks
 
 
 def _key(request: Request, index: int) -> tuple:

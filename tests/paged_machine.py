@@ -1,4 +1,4 @@
-"""An executor in plain Python that keeps a real paged memory, for tests of the scheduler.
+"""An executor in plain Python that keeps a real paged memory, for tests of the scheduler; and an auditor of the pool.
 
 Work is carried out when it completes: in launch order within a lane, the lanes in any order. Everything it reads is
 checked, layer by layer: the block table must lead from each position of a request to the token that belongs there, and
@@ -10,13 +10,15 @@ an undisturbed run writes.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from random import Random
 
 from nanodrift.config import BLOCK_SIZE
 from nanodrift.executor import VirtualClock
+from nanodrift.kvcache import BlockPool
 from nanodrift.plan import Completion, Partition, PrefillWork, Ticket
+from nanodrift.request import Request
 
 VOCAB_SIZE = 50
 
@@ -145,3 +147,25 @@ class PagedMachine:
         token = next_token([token for token, _ in self.fed[row]])
         self.last_token[row] = (len(self.fed[row]), token)
         return token
+
+
+def check_pool(pool: BlockPool, requests: Iterable[Request]) -> None:
+    """Asserts that every block and every reference count of the pool is explained by these requests and the tree."""
+    held = Counter(block_id for request in requests for block_id in request.block_ids)
+    assert held == Counter(dict(enumerate(pool._num_holders))), "a reference count without its request"
+    known, order = {}, {block_id: place for place, block_id in enumerate(pool._cached)}
+    branches = [pool._root]
+    while branches:
+        node = branches.pop()
+        for key, child in node.children.items():
+            assert child.parent is node and child.key == key and pool._nodes[child.block_id] is child
+            assert child.block_id not in known, f"block {child.block_id} stands twice in the tree"
+            known[child.block_id] = child
+            if node.block_id in order:
+                assert order[child.block_id] < order[node.block_id], "a leaf would outlive its branch"
+            branches.append(child)
+    assert known == {i: node for i, node in enumerate(pool._nodes) if node is not None}
+    assert set(order) == {block_id for block_id in known if not held[block_id]}, "cached: known and unheld"
+    outside = [b for b in range(1, pool.num_blocks + 1) if not held[b] and b not in known]
+    assert sorted(pool._free) == outside, "free: neither known nor held"
+    assert pool.num_free_blocks + pool.num_cached_blocks + sum(n > 0 for n in held.values()) == pool.num_blocks

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from paged_machine import check_pool
 
 from nanodrift.config import ModelConfig, RopeConfig
 from nanodrift.cpu import CpuExecutor
@@ -177,7 +178,7 @@ def test_the_prefix_cache_does_not_show_in_the_tokens(model, params, options):
     assert [r.output_token_ids for r in found] == [r.output_token_ids for r in expected]
     assert all(r.num_cached_tokens == 0 for r in expected)
     assert sum(r.num_cached_tokens > 0 for r in found) >= len(found) - 1 - 5 * ("num_blocks" in options)
-    on.scheduler.pool.check([])
+    check_pool(on.scheduler.pool, [])
 
 
 @pytest.mark.parametrize("num_prompt", [64, 128])

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from paged_machine import check_pool
 
 from nanodrift.config import BLOCK_SIZE
 from nanodrift.kvcache import BlockPool, blocks_for
@@ -72,7 +73,7 @@ def test_only_what_was_seen_written_is_known():
     assert num_matched(pool, blocks(1, 2)) == 1
     pool.release(request)
     assert (pool.num_cached_blocks, pool.num_free_blocks) == (1, 7)
-    pool.check([])
+    check_pool(pool, [])
 
 
 def test_a_full_hit_leaves_one_token_to_compute():
@@ -93,7 +94,7 @@ def test_a_shared_block_is_free_again_after_its_last_holder():
     assert second.block_ids == first.block_ids
     pool.release(first)
     assert (pool.num_used_blocks, pool.num_cached_blocks) == (1, 0)
-    pool.check([second])
+    check_pool(pool, [second])
     pool.release(second)
     assert (pool.num_used_blocks, pool.num_cached_blocks) == (0, 1)
     with pytest.raises(AssertionError, match="let go twice"):
@@ -110,7 +111,7 @@ def test_the_least_recently_used_leaf_goes_first():
     order = []
     while pool.num_cached_blocks:
         pool._evict()
-        pool.check([])
+        check_pool(pool, [])
         order.append([num_matched(pool, blocks(*path)) for path in ((1, 2), (3,), (1, 4))])
     assert order == [[1, 1, 2], [1, 0, 2], [1, 0, 1], [0, 0, 0]]
 
@@ -122,7 +123,7 @@ def test_blocks_in_use_are_never_evicted():
     taker = request_of([])
     pool.allocate(taker, 1)
     assert num_matched(pool, blocks(1, 2, 3)) == 2
-    pool.check([holder, taker])
+    check_pool(pool, [holder, taker])
     with pytest.raises(AssertionError, match="1 of 0 blocks"):
         pool.allocate(taker, 1)
 
@@ -142,7 +143,7 @@ def test_a_match_outlives_what_happens_while_it_waits():
     assert len(waiter.nodes) == 3, "what came since is found"
     assert pool.num_missing_blocks(waiter) == 4, "cached blocks count as missing: they are among the available ones"
     pool.admit(waiter)
-    pool.check([waiter])
+    check_pool(pool, [waiter])
 
 
 def test_salts_keep_trees_apart():
@@ -160,17 +161,17 @@ def test_the_same_block_written_twice_is_known_once():
     for request in pair:
         request.num_written_tokens = 3 * BLOCK_SIZE
         pool.enter(request)
-        pool.check(pair)
+        check_pool(pool, pair)
     assert (len(pair[0].nodes), len(pair[1].nodes)) == (3, 0)
     pair[1].token_ids += blocks(4)
     pool.allocate(pair[1], 1)
     pair[1].num_written_tokens += BLOCK_SIZE
     pool.enter(pair[1])
     pool.release(pair[1])
-    pool.check(pair[:1])
+    check_pool(pool, pair[:1])
     assert num_matched(pool, blocks(1, 2, 3, 4)) == 4, "what only the second had written hangs below the first's blocks"
     pool.release(pair[0])
-    pool.check([])
+    check_pool(pool, [])
     assert pool.num_cached_blocks == 4
 
 
@@ -198,10 +199,10 @@ def test_check_finds_what_is_wrong(fault):
     request = admit(pool, blocks(1, 2))
     request.num_written_tokens = 2 * BLOCK_SIZE
     pool.enter(request)
-    pool.check([request])
+    check_pool(pool, [request])
     fault(pool, request)
     with pytest.raises(AssertionError):
-        pool.check([request])
+        check_pool(pool, [request])
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -265,7 +266,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def everything_is_accounted_for(self):
         if hasattr(self, "pool"):
-            self.pool.check(self.holders)
+            check_pool(self.pool, self.holders)
 
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, derandomize=True, deadline=None)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from paged_machine import VOCAB_SIZE, PagedMachine, expected_output
+from paged_machine import VOCAB_SIZE, PagedMachine, check_pool, expected_output
 
 from nanodrift.config import BLOCK_SIZE
 from nanodrift.engine import Engine
@@ -65,7 +65,7 @@ def check_outputs(*requests):
 def check_empty(engine):
     """No request is left, and no block is unaccounted for."""
     assert not engine.scheduler.requests
-    engine.scheduler.pool.check([])
+    check_pool(engine.scheduler.pool, [])
     assert engine.stats()["kv_blocks_leaked"] == engine.scheduler.pool.num_used_blocks == 0
     assert len(engine.scheduler._free_rows) == engine.executor.num_rows
 
@@ -303,7 +303,7 @@ def test_abort_in_any_phase_while_another_waits(num_turns, victims):
     requests = [add(engine, prompt_of(200) + prompt_of(10, i), 20) for i in range(3)]
     for _ in range(num_turns):
         engine.step()
-        engine.scheduler.pool.check(engine.scheduler.requests.values())
+        check_pool(engine.scheduler.pool, engine.scheduler.requests.values())
     doomed = [requests[i] for i in victims]
     for request in doomed:
         engine.abort(request.request_id)
@@ -522,7 +522,7 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         scheduler = self.engine.scheduler
-        scheduler.pool.check(scheduler.requests.values())
+        check_pool(scheduler.pool, scheduler.requests.values())
         assert scheduler.num_leaked_blocks == 0
         rows = [request.row for request in scheduler.requests.values() if request.row is not None]
         assert len(rows) == len(set(rows))
