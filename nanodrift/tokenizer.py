@@ -24,6 +24,7 @@ import tokenizers
 from nanodrift.config import ConfigError
 
 MAX_CHAT_CHARS = 8 * 1024 * 1024  # of a rendered chat: a template that loops cannot eat the memory
+MAX_TEMPLATE_STEPS = 100_000  # numbers a template may count through
 MAX_PARTIAL_TOKENS = 3  # of a UTF-8 character that lacks its last byte
 MAX_PENDING_TOKENS = 8  # tokens that stay undecodable for longer are not the beginning of a character
 CONTEXT_TOKENS = 6  # kept as context, so that a first token keeps its leading space
@@ -109,7 +110,10 @@ class Tokenizer:
         parts, num_chars = [], 0
         try:
             for part in self._template.generate(
-                **(variables | options), messages=messages, add_generation_prompt=add_generation_prompt
+                **(variables | options),
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                range=_bounded_range(),
             ):
                 parts.append(part)
                 num_chars += len(part)
@@ -266,10 +270,37 @@ def _find_chat_template(folder: Path, settings: dict) -> str | None:
     return template
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja2's, and a product or power cannot be made that takes the memory or the time of everybody."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context, operator: str, left, right):
+        factors = [
+            part if isinstance(part, int) else len(part) for part in (left, right) if not isinstance(part, float)
+        ]
+        if operator == "**" or max(factors, default=0) > MAX_TEMPLATE_STEPS:
+            raise jinja2.sandbox.SecurityError(f"{operator} of such values is not allowed in a template")
+        return super().call_binop(context, operator, left, right)
+
+
+def _bounded_range():
+    """A ``range`` for one rendering, whose numbers are limited over all calls together, so that nested loops end."""
+    num_left = MAX_TEMPLATE_STEPS
+
+    def bounded(*arguments: int) -> range:
+        nonlocal num_left
+        numbers = range(*arguments)
+        num_left -= len(numbers)
+        if num_left < 0:
+            raise jinja2.sandbox.SecurityError("the template counts too far")
+        return numbers
+
+    return bounded
+
+
 def _compile_template(source: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
 
     def raise_exception(message: str):
         raise jinja2.TemplateError(message)

@@ -233,7 +233,9 @@ def test_template_helpers():
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages.__class__.__mro__ }}", "refuses"),  # the sandbox
         ("{{ messages.append(1) }}", "refuses"),  # immutable
-        ("{% for i in range(10**9) %}x{% endfor %}", "failed on these messages"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "refuses"),
+        ("{% for i in range(1000000000) %}x{% endfor %}", "counts too far"),
+        ("{% for i in range(99999) %}{% for j in range(9) %}{% endfor %}{% endfor %}", "counts too far"),
         ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "longer than"),
         ("{{ messages[0].content + 1 }}", "failed on these messages"),
     ],

@@ -71,8 +71,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="KEY",
-        help=f"keys clients must send; better given in ${KEY_VARIABLE}",
+        help=f"keys clients must send; other users of this machine can read them here, so better in ${KEY_VARIABLE}",
     )
+    add("--api-key-file", metavar="FILE", help="the same, one key a line")
     add(
         "--max-queue",
         type=int,
@@ -114,8 +115,13 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 
 
 def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
-    """From the command line and, separated by commas, the environment."""
+    """From the command line, a file and, separated by commas, the environment. Raises OSError."""
     keys = [*args.api_key, *os.environ.get(KEY_VARIABLE, "").split(",")]
+    if path := getattr(args, "api_key_file", None):
+        with open(path, encoding="utf-8") as file:
+            keys += file.read().splitlines()
+        if not any(key.strip() for key in keys):
+            raise OSError(f"--api-key-file {path} holds no key")
     return tuple(key.strip() for key in keys if key.strip())
 
 
@@ -145,19 +151,19 @@ def main(argv: list[str] | None = None, engine_command=ENGINE_COMMAND) -> int:
     args = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        config = engine_config(args)
+        config, keys = engine_config(args), api_keys(args)
         listener = listen(args.host, args.port)
     except (ConfigError, OSError) as error:
         startup.fail(str(error))
         return 2
     with listener:
-        return asyncio.run(_serve(args, config, listener, engine_command))
+        return asyncio.run(_serve(args, config, keys, listener, engine_command))
 
 
-async def _serve(args: argparse.Namespace, config: EngineConfig, listener: socket.socket, engine_command) -> int:
+async def _serve(args: argparse.Namespace, config: EngineConfig, keys, listener: socket.socket, engine_command) -> int:
     started_s = time.perf_counter()
     names = tuple(getattr(args, "served_model_name", ())) or (args.model or EMBEDDED_NAME,)
-    telemetry, keys = Telemetry(names[0]), api_keys(args)
+    telemetry = Telemetry(names[0])
     client = EngineClient(telemetry, args.max_queue)
     served = Served(names, client, telemetry, config.slo, root=args.model or "embedded", api_keys=keys)
     server = http_server(build_app(served))

@@ -87,9 +87,9 @@ def _loop(link: FrameLink, engine, messages: list[list]) -> None:
 
 
 def _account(stats: dict, is_new: bool) -> None:
-    """An idle engine holds no KV block but cached ones: what is missing has leaked, and is said on stderr."""
-    num_blocks, num_free = stats.get("num_kv_blocks", 0), stats.get("num_free_kv_blocks", 0)
-    stats["num_kv_blocks_leaked"] = num_leaked = num_blocks - num_free - stats.get("num_cached_kv_blocks", 0)
+    """An idle engine has every KV block free or cached: what is missing has leaked, and is said on stderr."""
+    num_blocks = stats.get("num_kv_blocks", 0)
+    num_leaked = stats.setdefault("kv_blocks_leaked", num_blocks - stats.get("num_free_kv_blocks", 0))
     if num_leaked and is_new:
         print(f"engine: idle, and {num_leaked} of {num_blocks} KV blocks are missing", file=sys.stderr, flush=True)
 
