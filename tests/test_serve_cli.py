@@ -251,6 +251,14 @@ def test_options_become_the_engines_settings(monkeypatch):
         cli.engine_config(cli.parse(["--load-format", "pickle"]))
     with pytest.raises(SystemExit):
         cli.parse(["--no-such-flag"])
+    for bad in (
+        ["--max-queue", "-1"],
+        ["--drain-timeout", "nan"],
+        ["--stall-timeout", "-1"],
+        ["--metrics-prefix", "a b"],
+    ):
+        with pytest.raises(SystemExit):
+            cli.parse(bad)
     monkeypatch.setenv(cli.KEY_VARIABLE, "one, two,")
     assert cli.api_keys(cli.parse(["--api-key", "zero"])) == ("zero", "one", "two")
 

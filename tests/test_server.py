@@ -27,6 +27,7 @@ from running_server import (
 
 from nanodrift.config import SLO
 from nanodrift.server import frames, protocol
+from nanodrift.server.telemetry import Telemetry
 from nanodrift.tokenizer import Tokenizer
 
 
@@ -535,12 +536,38 @@ def test_metrics_add_up():
         assert fresh.gauge("prompt_tokens_total") == 6 and fresh.gauge("generation_tokens_total") == 7
         assert fresh.gauge("time_to_first_token_seconds_count") == fresh.gauge("e2e_request_latency_seconds_count") == 2
         assert fresh.gauge("inter_token_latency_seconds_count") == 5
+        assert fresh.gauge("request_time_per_output_token_seconds_count") == 2
+        assert (fresh.gauge("request_prompt_tokens_sum"), fresh.gauge("request_generation_tokens_sum")) == (6, 7)
+        assert fresh.gauge("slo_violations_total") == 0
+        complete(http, prompt=[7], slo={"ttft_ms": 1e-6})
+        complete(http, prompt=[7], slo={"tbt_ms": 1e-6})
+        complete(http, prompt=[7], slo={"tbt_ms": 1e-6}, max_tokens=1)  # no gap, no miss
         text = http.get("/metrics").text
-        for reason, count in (("stop", 1), ("length", 1), ("abort", 0)):
+        for kind in ("ttft", "tbt"):
+            assert f'nanodrift:slo_violations_total{{kind="{kind}",model_name="echo"}} 1.0' in text
+        for reason, count in (("stop", 1), ("length", 4), ("abort", 0)):
             line = f'nanodrift:request_success_total{{finished_reason="{reason}",model_name="echo"}} {count}.0'
             assert line in text
         for name in ("kv_cache_usage_perc", "num_requests_waiting", "num_preemptions_total"):
             assert fresh.gauge(name) == 0
+
+
+VLLM_NAMES = """num_requests_running num_requests_waiting kv_cache_usage_perc
+prompt_tokens_total generation_tokens_total request_success_total num_preemptions_total prefix_cache_queries_total prefix_cache_hits_total
+http_requests_client_disconnected_total time_to_first_token_seconds_bucket inter_token_latency_seconds_bucket
+request_time_per_output_token_seconds_bucket e2e_request_latency_seconds_bucket request_prompt_tokens_bucket
+request_generation_tokens_bucket"""
+
+
+def test_metrics_under_another_prefix():
+    telemetry = Telemetry("m", "vllm")
+    stats = {"num_preemptions_total": 2, "prefix_cache_hits_total": 3, "kv_blocks_leaked": 1}
+    for _ in range(2):  # the engine's totals are taken over, not added up
+        text = telemetry.render(stats).decode()
+    for name in VLLM_NAMES.split():
+        assert f"\nvllm:{name}{{" in text and "nanodrift" not in text
+    assert 'vllm:num_preemptions_total{model_name="m"} 2.0' in text
+    assert 'vllm:prefix_cache_hits_total{model_name="m"} 3.0' in text
 
 
 # ---- the engine's life ---------------------------------------------------------------------------------------------

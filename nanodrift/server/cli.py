@@ -18,6 +18,7 @@ import ipaddress
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import time
@@ -32,7 +33,7 @@ from nanodrift.server.app import build_app
 from nanodrift.server.client import ENGINE_COMMAND, MAX_QUEUE, EngineClient, EngineDead
 from nanodrift.server.connection import HttpServer, http_server
 from nanodrift.server.served import Served
-from nanodrift.server.telemetry import Telemetry
+from nanodrift.server.telemetry import PREFIX, Telemetry
 from nanodrift.tokenizer import Tokenizer
 
 EMBEDDED_NAME = "nanodrift-storyteller"
@@ -76,10 +77,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--api-key-file", metavar="FILE", help="the same, one key a line")
     add(
         "--max-queue",
-        type=int,
+        type=_count,
         default=MAX_QUEUE,
         metavar="N",
         help=f"requests that may wait; more get a 429 ({MAX_QUEUE})",
+    )
+    add(
+        "--metrics-prefix",
+        type=_name,
+        default=PREFIX,
+        metavar="NAME",
+        help=f"of /metrics; vllm fits its dashboards ({PREFIX})",
     )
     add("--drain-timeout", type=_seconds, default=25.0, metavar="S", help="for answers in flight after SIGTERM (25)")
     add(
@@ -102,8 +110,14 @@ def _count(text: str) -> int:
 def _seconds(text: str) -> float:
     seconds = float(text)
     if not 0 <= seconds < math.inf:
-        raise ValueError("seconds are not negative")
+        raise argparse.ArgumentTypeError(f"seconds are needed, not {text!r}")
     return seconds
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", text):
+        raise argparse.ArgumentTypeError(f"letters, digits and underscores are needed, not {text!r}")
+    return text
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -163,7 +177,7 @@ def main(argv: list[str] | None = None, engine_command=ENGINE_COMMAND) -> int:
 async def _serve(args: argparse.Namespace, config: EngineConfig, keys, listener: socket.socket, engine_command) -> int:
     started_s = time.perf_counter()
     names = tuple(getattr(args, "served_model_name", ())) or (args.model or EMBEDDED_NAME,)
-    telemetry = Telemetry(names[0])
+    telemetry = Telemetry(names[0], args.metrics_prefix)
     client = EngineClient(telemetry, args.max_queue)
     served = Served(names, client, telemetry, config.slo, root=args.model or "embedded", api_keys=keys)
     server = http_server(build_app(served))

@@ -12,10 +12,12 @@ import socket
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 
 from nanodrift.config import SLO, EngineConfig
+from nanodrift.metrics import RequestTimes
 from nanodrift.server.engine_process import DUMP_SIGNAL
 from nanodrift.server.frames import READ_BYTES, FrameDecoder, encode
 
@@ -59,16 +61,19 @@ class Output:
 class _Stream:
     """Where one request's tokens wait for its reader."""
 
-    def __init__(self, arrival_s: float):
+    def __init__(self, arrival_s: float, slo: SLO, num_prompt_tokens: int):
         self.output = Output()
         self.error: Exception | None = None
         self.wake = asyncio.Event()
-        self.arrival_s = arrival_s
-        self.last_token_s: float | None = None
+        self.arrival_s, self.slo, self.num_prompt_tokens = arrival_s, slo, num_prompt_tokens
+        self.token_s = array("d")  # when each token was seen here
 
     def fail(self, error: Exception) -> None:
         self.error = error
         self.wake.set()
+
+    def times(self, is_completed: bool) -> RequestTimes:
+        return RequestTimes(self.arrival_s, self.token_s, self.slo, is_completed, self.num_prompt_tokens)
 
     async def take(self) -> Output:
         await self.wake.wait()
@@ -150,7 +155,7 @@ class EngineClient:
         arrival_s = now_s if arrival_s is None else arrival_s
         if not self._streams:
             self._progress_s = now_s
-        stream = self._streams[request_id] = _Stream(arrival_s)
+        stream = self._streams[request_id] = _Stream(arrival_s, slo or SLO(), len(prompt))
         body = {"id": request_id, "prompt": prompt, "params": params, "arrival_s": arrival_s}
         body["slo"] = asdict(slo) if slo is not None else None
         self._send(["add", body])
@@ -195,7 +200,7 @@ class EngineClient:
         if stream is not None and self.state == "ready":
             self._send(["abort", request_id, reason, stop_reason])
             if self.telemetry is not None:
-                self.telemetry.on_finish(reason, time.perf_counter() - stream.arrival_s)
+                self.telemetry.on_finish(reason, time.perf_counter(), stream.times(is_completed=reason == "stop"))
 
     def fail_all(self, error: Exception) -> None:
         """Ends every request in flight with ``error``."""
@@ -283,14 +288,14 @@ class EngineClient:
         output.finish_reason, output.stop_reason = finish_reason, stop_reason
         output.num_cached_tokens = max(output.num_cached_tokens, num_cached_tokens)
         if self.telemetry is not None and token_ids:
-            since_s = stream.arrival_s if stream.last_token_s is None else stream.last_token_s
-            self.telemetry.on_tokens(len(token_ids), now_s - since_s, is_first=stream.last_token_s is None)
-            stream.last_token_s = now_s
+            since_s = stream.token_s[-1] if stream.token_s else stream.arrival_s
+            self.telemetry.on_tokens(len(token_ids), now_s - since_s, is_first=not stream.token_s)
+            stream.token_s.extend([now_s] * len(token_ids))
         if finish_reason is not None:
             del self._streams[request_id]
             if self._finished_s is not None:
                 self._finish_gap_s += 0.1 * (now_s - self._finished_s - self._finish_gap_s)
             self._finished_s = now_s
             if self.telemetry is not None:
-                self.telemetry.on_finish(finish_reason, now_s - stream.arrival_s)
+                self.telemetry.on_finish(finish_reason, now_s, stream.times(is_completed=True))
         stream.wake.set()
