@@ -3,6 +3,9 @@
     python bench.py                      throughput and latency of the embedded model on the device found
     python bench.py throughput           offline: all prompts at once, fixed lengths
     python bench.py latency              prefill by length and decode step by batch, each beside its roofline
+    python bench.py serve | run          a workload or trace on a server, or on the engine in this process
+    python bench.py goodput              the highest request rate with the latency promises kept
+    python bench.py compare | plot       two runs side by side; figures
     python bench.py tables               writes README.md's tables and figure anew from results/*.json
 
 Engine options (``--device``, ``--load-format``, ...) are the fields of nanodrift/config.py's EngineConfig.
@@ -22,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nanodrift.bench import machine, offline, tables
+from nanodrift.bench import load_cli, machine, offline, tables
 from nanodrift.bench.roofline import Ceilings, Load, decode_load, prefill_load
 from nanodrift.config import ConfigError, EngineConfig
 from nanodrift.metrics import percentile
@@ -43,13 +46,14 @@ PLAN = {  # what is measured when no flag says otherwise; lengths that do not fi
 
 
 def build_parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--model", help="alias, hub id or folder; default: the embedded model")
-    common.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here")
-    common.add_argument("--label", help="a name for this run, stored in the JSON")
-    common.add_argument(
+    about = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    about.add_argument("--model", help="alias, hub id or folder; default: the embedded model, or the server's own")
+    about.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here")
+    about.add_argument("--label", help="a name for this run, stored in the JSON")
+    about.add_argument(
         "--metadata", nargs="+", type=key_value, metavar="KEY=VALUE", help="stored in the JSON as they are"
     )
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[about])
     engine = common.add_argument_group("engine")
     for field in fields(EngineConfig):
         if field.name != "slo":
@@ -68,9 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
         prog="bench.py", description=__doc__, parents=[common, offline_load, shapes],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    modes = parser.add_subparsers(dest="mode", metavar="throughput | latency | tables")
+    modes = parser.add_subparsers(dest="mode", metavar=" | ".join(("throughput", "latency", *load_cli.MODES, "tables")))
     modes.add_parser("throughput", parents=[common, offline_load], help="offline tokens per second")
     modes.add_parser("latency", parents=[common, shapes], help="prefill and decode step times")
+    load_cli.add_modes(modes, about, common)
     check = modes.add_parser("tables", help="README.md from results/")
     check.add_argument("--check", action="store_true", help="change nothing; fail if README.md is out of date")
     return parser
@@ -99,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
         return tables.main(check=options["check"])
     console = Console(stderr=True)
     try:
+        if mode in load_cli.MODES:
+            return load_cli.main(mode, options, console)
         result = measure(mode, options, console)
     except (ConfigError, ValueError) as error:
         console.print(f"[red]bench.py:[/] {error}", highlight=False)

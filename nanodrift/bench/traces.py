@@ -35,6 +35,8 @@ TALK_NAMES = ("session_id", "session id", "conversation_id", "chat_id")
 
 def read(path: Path) -> Workload:
     """Every row of the file, in order of arrival. Raises ValueError that names the line it cannot use."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
     with path.open(encoding="utf-8-sig") as file:
         first = next((line for line in file if line.strip()), "").lstrip()
     if not first:

@@ -1,0 +1,359 @@
+"""The modes of bench.py that put a load on something: serve, run, goodput, compare, plot.
+
+python bench.py serve --base-url http://127.0.0.1:8000 --workload chat --request-rate 4      any OpenAI-like server
+python bench.py run --workload chat --request-rate 4                                         the engine, no HTTP
+python bench.py goodput --workload chat --slo-ttft-ms 500 --slo-tbt-ms 50                    the highest rate
+python bench.py compare A.json B.json                                                        ratios, intervals
+python bench.py plot cdf RUN.json ... | plot attainment GOODPUT.json ...                     PNG, SVG, CSV
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from nanodrift.bench import machine, offline, report, traces, workloads
+from nanodrift.bench.arrivals import Ramp
+from nanodrift.bench.client import Server
+from nanodrift.bench.goodput import search
+from nanodrift.bench.load import Record, run_workload
+from nanodrift.config import SLO, EngineConfig
+from nanodrift.startup import load_engine, resolve_device
+
+MODES = ("serve", "run", "goodput", "compare", "plot")
+TO_FILE_ONLY = ("start_times", "input_lens", "output_lens", "ttfts", "itls", "latencies", "errors", "cdf")
+
+
+def positive(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return float(text)
+
+
+def json_object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("expected a JSON object")
+    return value
+
+
+def header(text: str) -> tuple[str, str]:
+    name, separator, value = text.replace(":", "=", 1).partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name.strip(), value.strip()
+
+
+def tick(text: str) -> float | None:
+    return None if text == "auto" else float(text)
+
+
+def load_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    what = parser.add_argument_group("what is asked")
+    what.add_argument("--workload", "--dataset-name", choices=workloads.NAMES, default="random", help="default random")
+    what.add_argument("--trace", "--dataset-path", type=Path, metavar="FILE", help="requests from a trace instead")
+    what.add_argument("--num-prompts", type=int, metavar="N", help="default 200, or all of a trace")
+    what.add_argument("--input-len", "--random-input-len", type=int, metavar="N", help="of random; default 1024")
+    what.add_argument("--output-len", "--random-output-len", type=int, metavar="N", help="of random; default 128")
+    what.add_argument("--length-scale", type=positive, default=1.0, metavar="X", help="all lengths times X")
+    what.add_argument(
+        "--keep-conversations", type=positive, default=1.0, metavar="SHARE", help="of a trace: whole ones, seeded"
+    )
+    what.add_argument("--vocab-size", type=int, default=workloads.NUM_IDS, metavar="N", help="prompt ids lie below it")
+    when = parser.add_argument_group("when it is asked")
+    when.add_argument(
+        "--request-rate", type=positive, metavar="R", help="requests/s; default inf, or the trace's own pace"
+    )
+    when.add_argument("--burstiness", type=positive, default=1.0, metavar="B", help="gamma shape: 1 Poisson, inf even")
+    when.add_argument("--max-concurrency", type=int, metavar="N", help="with rate inf: a closed loop of N")
+    when.add_argument("--ramp-up-strategy", choices=("linear", "exponential"))
+    when.add_argument("--ramp-up-start-rps", type=positive, metavar="R")
+    when.add_argument("--ramp-up-end-rps", type=positive, metavar="R")
+    when.add_argument("--time-scale", type=positive, default=1.0, metavar="X", help="trace arrivals times X")
+    when.add_argument(
+        "--jitter", type=tick, metavar="S", help="spread a coarse clock's ticks of S seconds; default auto, 0 = off"
+    )
+    how = parser.add_argument_group("how it is judged and kept")
+    how.add_argument("--slo-ttft-ms", type=positive, default=SLO.ttft_ms, metavar="MS")
+    how.add_argument("--slo-tbt-ms", type=positive, default=SLO.tbt_ms, metavar="MS", help="P99 of a request's gaps")
+    how.add_argument("--save-detailed", action="store_true", help="per-request lists in the JSON (compare needs them)")
+    how.add_argument("--csv", type=Path, metavar="FILE", help="append the figures as a line")
+    return parser
+
+
+def server_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    where = parser.add_argument_group("server")
+    where.add_argument("--base-url", metavar="URL", help="default http://HOST:PORT")
+    where.add_argument("--host", default="127.0.0.1")
+    where.add_argument("--port", type=int, default=8000)
+    where.add_argument("--endpoint", default="/v1/completions", help="or /v1/chat/completions: prompts as text")
+    where.add_argument("--header", type=header, nargs="+", default=[], metavar="NAME=VALUE")
+    where.add_argument("--extra-body", type=json_object, default={}, metavar="JSON", help="joins every request")
+    where.add_argument("--timeout", type=positive, default=600.0, metavar="S", help="of a request, from when it is due")
+    where.add_argument("--ready-check-timeout-sec", type=float, default=0.0, metavar="S", help="wait for the server")
+    where.add_argument("--no-ignore-eos", dest="ignore_eos", action="store_false", help="answers may end early")
+    where.add_argument("--num-warmups", type=int, default=0, metavar="N", help="requests before the run; not counted")
+    return parser
+
+
+def add_modes(modes, about: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    """``about``: model, output, label, metadata. ``common``: these and the engine's options."""
+    load, server = load_options(), server_options()
+    serve = modes.add_parser("serve", parents=[about, server, load], help="load on a server, by URL")
+    serve.add_argument("--seed", type=int, default=0)
+    modes.add_parser("run", parents=[common, load], help="the same load on the engine in this process")
+    find = modes.add_parser("goodput", parents=[common, server, load], help="highest rate with the promises kept")
+    find.add_argument("--seeds", type=int, default=3, metavar="N", help="runs at each rate")
+    find.add_argument("--tolerance", type=positive, default=0.05, metavar="X", help="width of the final bracket")
+    find.add_argument("--max-points", type=int, default=24, metavar="N", help="rates at most")
+    find.add_argument("--duration", type=float, default=0.0, metavar="S", help="more requests where a run were shorter")
+    compare = modes.add_parser("compare", help="ratios of two runs, with 95%% intervals")
+    compare.add_argument("a", metavar="A.json", help="one file, or several seeds: A1.json,A2.json")
+    compare.add_argument("b", metavar="B.json")
+    plot = modes.add_parser("plot", help="figures from result files")
+    plot.add_argument("kind", choices=("cdf", "attainment"))
+    plot.add_argument("files", nargs="+", type=Path, metavar="RUN.json")
+    plot.add_argument("--to", type=Path, metavar="PREFIX", help="PREFIX.png, .svg, .csv; default: beside the file")
+
+
+def main(mode: str, options: dict, console: Console) -> int:
+    """Runs one mode: tables to stderr, the JSON to stdout and to ``--output``. Raises ValueError for a mistake.
+
+    Returns 0, 1 for a run that is void, 130 for one that was interrupted.
+    """
+    if mode == "compare":
+        from nanodrift.bench import compare
+
+        result = compare.compare(*(compare.load(options[side]) for side in "ab"))
+        console.print(compare.table(result))
+    elif mode == "plot":
+        from nanodrift.bench import plots
+
+        written = plots.draw(options["kind"], options["files"], options["to"], console)
+        result = {"written": [str(path) for path in written]}
+    else:
+        result = put_load(mode, options, console) | dict(options.get("metadata", ()))
+    if "output" in options:
+        lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
+        options["output"].parent.mkdir(parents=True, exist_ok=True)
+        options["output"].write_text(f"{{\n{lines}\n}}\n")
+        result = {key: value for key, value in result.items() if key not in TO_FILE_ONLY}
+    print(json.dumps(result))
+    return 130 if result.get("interrupted") else 1 if result.get("void") else 0
+
+
+def put_load(mode: str, options: dict, console: Console) -> dict:
+    slo = SLO(options["slo_ttft_ms"], options["slo_tbt_ms"])
+    is_server = mode == "serve" or (mode == "goodput" and options["base_url"])
+    target = ServerTarget(options, slo) if is_server else EngineTarget(options, slo, console)
+    try:
+        result = target.about | conditions(mode, options, slo)
+        return result | (find(target, options, console) if mode == "goodput" else once(target, options, slo, console))
+    finally:
+        target.close()
+
+
+def conditions(mode: str, options: dict, slo: SLO) -> dict:
+    rate = options.get("request_rate")
+    ramp = {k: options[k] for k in options if k.startswith("ramp_up") and options[k] is not None}
+    return {
+        "benchmark": mode,
+        "label": options.get("label"),
+        "workload": options["trace"].name if options["trace"] else options["workload"],
+        "request_rate": report.rate_key(rate),
+        "burstiness": report.rate_key(options["burstiness"]),
+        "max_concurrency": options["max_concurrency"],
+        "length_scale": options["length_scale"],
+        "slo": asdict(slo),
+        **ramp,
+    }
+
+
+class ServerTarget:
+    """A server by URL, asked for the first time: it answers, and this is what it takes."""
+
+    def __init__(self, options: dict, slo: SLO):
+        names = {"endpoint", "model", "extra_body", "ignore_eos"}
+        self.server = Server(
+            (options["base_url"] or f"http://{options['host']}:{options['port']}").rstrip("/").removesuffix("/v1"),
+            headers=dict(options["header"]),
+            timeout_s=options["timeout"],
+            **{k: v for k, v in options.items() if k in names},
+        )
+        self.server.connect(options["ready_check_timeout_sec"])
+        self.seed, self.max_model_len, self.slo = options.get("seed", 0), self.server.max_model_len, slo
+        self.about = machine.describe(torch.device("cpu")) | {
+            "backend": "openai-chat" if self.server.is_chat else "openai",
+            "base_url": self.server.base_url,
+            "model_id": self.server.model,
+            "seed": self.seed,
+            "request_form": self.server.form,
+        }
+        for number in range(options["num_warmups"]):
+            warmup = workloads.named("random", 1, input_len=32, output_len=4)
+            run_workload(self.server, warmup, math.inf, seed=-1 - number)
+
+    def measure(self, workload, rate, seed: int, options: dict, advance) -> list[Record]:
+        return run_workload(self.server, workload, rate, seed, **run_options(options), slo=self.slo, advance=advance)
+
+    def telemetry(self) -> dict:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+class EngineTarget:
+    """The engine in this process."""
+
+    def __init__(self, options: dict, slo: SLO, console: Console):
+        names = {field.name for field in fields(EngineConfig)}
+        config = replace(EngineConfig.from_options(**{k: v for k, v in options.items() if k in names}), slo=slo)
+        device = resolve_device(config.device)
+        with console.status("loading and warming up"):
+            self.loaded = load_engine(options.get("model"), config)
+            offline.throughput(self.loaded.engine, num_prompts=2, input_len=32, output_len=4, seed=config.seed + 1)
+        self.seed, self.max_model_len, self.slo = config.seed, self.loaded.max_model_len, slo
+        self.about = machine.describe(device) | {
+            "model_id": options.get("model", "embedded"),
+            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+            "max_model_len": self.max_model_len,
+            "num_kv_tokens": self.loaded.num_kv_tokens,
+            "seed": config.seed,
+            "engine": asdict(config),
+        }
+
+    def measure(self, workload, rate, seed: int, options: dict, advance) -> list[Record]:
+        encode = self.loaded.tokenizer.encode if self.loaded.tokenizer is not None else None
+        settings = run_options(options) | {"num_ids": min(options["vocab_size"], self.loaded.model_config.vocab_size)}
+        return run_workload(
+            self.loaded.engine, workload, rate, seed, **settings, slo=self.slo, encode=encode, advance=advance
+        )
+
+    def telemetry(self) -> dict:
+        return {"stats": self.loaded.engine.stats()}
+
+    def close(self) -> None:
+        self.loaded.engine.close()
+
+
+def run_options(options: dict) -> dict:
+    return {
+        "burstiness": options["burstiness"],
+        "max_concurrency": options["max_concurrency"],
+        "num_ids": options["vocab_size"],
+    }
+
+
+def workload_of(options: dict, max_model_len: int | None, seed: int, num_prompts: int | None = None):
+    """The workload that the options describe, cut to the window, with notes of what that cost."""
+    count = num_prompts or options["num_prompts"]
+    if options["trace"]:
+        workload = traces.read(options["trace"]).sampled(options["keep_conversations"], seed)
+        if workload.has_arrivals:
+            workload = workload.jittered(options["jitter"], seed).stretched(options["time_scale"])
+        workload = workload.scaled(options["length_scale"]).fitting(max_model_len or 2**31)
+        workload = workload.first(count) if count else workload
+    else:
+        window = max_model_len or 2**31
+        workload = workloads.named(
+            options["workload"],
+            count or 200,
+            seed,
+            max_model_len=max_model_len,
+            length_scale=options["length_scale"],
+            input_len=options["input_len"] or min(1024, window // 2),
+            output_len=options["output_len"] or min(128, window // 4),
+        )
+    if not workload.samples:
+        raise ValueError(f"no request of {workload.name} is left: {'; '.join(workload.notes)}")
+    return workload
+
+
+def rate_of(options: dict, workload) -> float | Ramp | None:
+    if options["ramp_up_strategy"]:
+        if None in (options["ramp_up_start_rps"], options["ramp_up_end_rps"]):
+            raise ValueError("a ramp needs --ramp-up-start-rps and --ramp-up-end-rps")
+        return Ramp(options["ramp_up_strategy"], options["ramp_up_start_rps"], options["ramp_up_end_rps"])
+    default = None if workload.has_arrivals and not options["max_concurrency"] else math.inf
+    return options["request_rate"] or default
+
+
+class Progress:
+    """A line on stderr about twice a second: drawing more often would itself be load."""
+
+    def __init__(self, console: Console, total: int, title: str):
+        self.console, self.total, self.title = console, total, title
+        self.num_done = self.num_failed = 0
+        self.shown_s = 0.0
+
+    def __call__(self, record: Record) -> None:
+        self.num_done += 1
+        self.num_failed += not record.is_completed
+        if self.console.is_terminal and time.monotonic() > self.shown_s + 0.5:
+            self.shown_s = time.monotonic()
+            failed = f", {self.num_failed} failed" if self.num_failed else ""
+            self.console.file.write(f"\r{self.title}: {self.num_done} of {self.total} requests{failed} ")
+            self.console.file.flush()
+
+
+def once(target, options: dict, slo: SLO, console: Console) -> dict:
+    workload = workload_of(options, target.max_model_len, target.seed)
+    for note in workload.notes:
+        console.print(f"{workload.name}: {note}", highlight=False)
+    progress = Progress(console, len(workload.samples), workload.name)
+    records = target.measure(workload, rate_of(options, workload), target.seed, options, progress)
+    result = report.result_of(records, slo, len(workload.samples), options["save_detailed"])
+    result |= {"notes": workload.notes, **target.telemetry()}
+    shown = result | {k: options[k] for k in ("max_concurrency",)}
+    rate = options["request_rate"] or ("trace" if workload.has_arrivals else "inf")
+    console.print(f"\r{report.frame(shown | {'request_rate': str(rate)})}", highlight=False, markup=False)
+    if options["csv"]:
+        report.append_csv(options["csv"], target.about | conditions("", options, slo) | result)
+    return result
+
+
+def find(target, options: dict, console: Console) -> dict:
+    notes: dict[str, None] = {}
+
+    def measure(rate: float, seed: int) -> list[Record]:
+        count = max(options["num_prompts"] or 200, math.ceil(rate * options["duration"]))
+        workload = workload_of(options, target.max_model_len, seed, None if options["trace"] else count)
+        notes.update(dict.fromkeys(workload.notes))
+        progress = Progress(console, len(workload.samples), f"{rate:.3g} requests/s, seed {seed}")
+        records = target.measure(workload, rate, seed, options, progress)
+        if len(records) < len(workload.samples):
+            raise KeyboardInterrupt
+        return records
+
+    def show(point: dict) -> None:
+        ttft, tbt = (f"{point[key]:.0f}" if point[key] is not None else "-" for key in ("p99_ttft_ms", "p99_tbt_ms"))
+        console.print(
+            f"\r{point['request_rate']:8.3f} requests/s: {point['slo_attainment']:7.2%} good "
+            f"({point['slo_attainment_min']:.1%} to {point['slo_attainment_max']:.1%}), P99 TTFT {ttft} ms, "
+            f"P99 TBT {tbt} ms{', over-saturated' if point['saturated'] else ''}",
+            highlight=False,
+        )
+
+    start = options["request_rate"] or 1.0
+    seeds = range(target.seed, target.seed + options["seeds"])
+    result = search(
+        measure, start, seeds=seeds, tolerance=options["tolerance"], max_points=options["max_points"], on_point=show
+    )
+    for percent in (90, 99):
+        miss = result[f"first_miss_at_{percent}"]
+        console.print(
+            f"goodput at {percent}%: [bold]{result[f'max_rate_at_{percent}']:.3f}[/] requests/s"
+            + (f" (first miss at {miss:.3f})" if miss else " (no miss was found)"),
+            highlight=False,
+        )
+    return result | {"notes": list(notes), **target.telemetry()}

@@ -1,0 +1,185 @@
+"""Figures from result files: CDFs of TTFT and TBT, attainment against rate. PNG, SVG, and always the CSV behind them.
+
+Colours are told apart by colour-blind eyes (Okabe and Ito), lines also by their dashes; the caption carries what was
+measured, on what. Needs matplotlib for the pictures only.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), "-")
+INK, FAINT = "#2b2f36", "#8a909a"
+SHARES = (  # of all issued requests
+    ("slo_attainment", "both promises kept"),
+    ("slo_attainment_ttft", "TTFT kept"),
+    ("slo_attainment_tbt", "TBT kept"),
+)
+HELP = "no picture without matplotlib: pip install 'nanodrift[plots]' (the CSV is written all the same)"
+
+
+def draw(kind: str, files: list[Path], prefix: Path | None, console: Console) -> list[Path]:
+    """Writes PREFIX.csv, .png and .svg, and returns what was written. Raises ValueError if data is missing."""
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+    results = [json.loads(path.read_text()) for path in files]
+    prefix = prefix or files[0].with_name(f"{files[0].stem}-{kind}")
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    rows = {"cdf": cdf_rows, "attainment": attainment_rows}[kind](results, label_of(files, results))
+    written = [prefix.with_name(f"{prefix.name}.csv")]
+    with written[0].open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ModuleNotFoundError:
+        console.print(HELP, highlight=False)
+        return written
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK,
+             "axes.edgecolor": FAINT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+             "svg.hashsalt": "nanodrift", "svg.fonttype": "none", "savefig.dpi": 160}  # fmt: skip
+    with pyplot.rc_context(style):
+        figure = {"cdf": draw_cdf, "attainment": draw_attainment}[kind](pyplot, rows, results)
+        figure.text(0.01, 0.01, caption(results), fontsize=7, color=FAINT, va="bottom")
+        for suffix in ("png", "svg"):
+            path = prefix.with_name(f"{prefix.name}.{suffix}")
+            figure.savefig(path, metadata={"Date": None} if suffix == "svg" else None)
+            written.append(path)
+        pyplot.close(figure)
+    return written
+
+
+def label_of(files: list[Path], results: list[dict]) -> list[str]:
+    """A result's own label, else its file's name; several of one label are one curve of an attainment figure."""
+    return [result.get("label") or path.stem for path, result in zip(files, results, strict=True)]
+
+
+def caption(results: list[dict]) -> str:
+    """What the figures were measured on, each condition once. Two lines."""
+
+    def once(*keys: str) -> str:
+        return ", ".join(dict.fromkeys(str(r[key]) for r in results for key in keys if r.get(key) not in (None, "")))
+
+    where = once("gpu") or once("cpu")
+    simulated = "SIMULATED. " if any(r.get("simulated") for r in results) else ""
+    slos = ", ".join(dict.fromkeys(f"TTFT {r['slo']['ttft_ms']:g} ms, TBT {r['slo']['tbt_ms']:g} ms" for r in results))
+    counts = once("num_prompts") or once("requests_per_point")
+    asked = f"workload {once('workload')}" + (f", {counts} requests a run" if counts else "")
+    lines = (
+        f"{simulated}{once('model_id')} on {where}; {asked}; SLO {slos}",
+        (
+            f"torch {once('torch')}; commit {once('git')}; seed {once('seed')}; "
+            + ", ".join(dict.fromkeys(r.get("benchmark", "") for r in results))
+        ),
+    )
+    return "\n".join(lines)
+
+
+# --- CDFs -------------------------------------------------------------------------------------------------------------
+
+
+def cdf_rows(results: list[dict], labels: list[str]) -> list[dict]:
+    rows = []
+    for label, result in zip(labels, results, strict=True):
+        if "cdf" not in result:
+            raise ValueError(f"{label} holds no distributions: it is not a result of bench.py serve or run")
+        cdf = result["cdf"]
+        for percent, ttft_ms, tbt_ms in zip(cdf["percent"], cdf["ttft_ms"], cdf["tbt_ms"], strict=True):
+            rows.append({"label": label, "percent": percent, "ttft_ms": ttft_ms, "tbt_ms": tbt_ms})
+    return rows
+
+
+def draw_cdf(pyplot, rows: list[dict], results: list[dict]):
+    figure, axes = pyplot.subplots(1, 2, figsize=(8.6, 3.9), sharey=True)
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    for ax, key, slo, title in ((axes[0], "ttft_ms", "ttft_ms", "time to first token"),
+                                (axes[1], "tbt_ms", "tbt_ms", "time between tokens (every gap)")):  # fmt: skip
+        for index, label in enumerate(labels):
+            known = [row for row in rows if row["label"] == label and row[key] is not None]
+            floor = min((row[key] for row in known if row[key] > 0), default=1.0)
+            style = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)], "linewidth": 1.6}
+            ax.plot([max(row[key], floor) for row in known], [row["percent"] for row in known], label=label, **style)
+        for limit in sorted({result["slo"][slo] for result in results}):
+            ax.axvline(limit, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
+            ax.annotate(f"SLO {limit:g} ms", (limit, 3), rotation=90, fontsize=7.5, ha="right", va="bottom", color=INK)
+        _log_axis(ax)
+        ax.set_xlabel(f"{title}, ms")
+        ax.grid(color="#e6e8ec", linewidth=0.6)
+        ax.set_axisbelow(True)
+    axes[0].set_ylabel("percent at or below")
+    axes[0].set_ylim(0, 101)
+    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    return figure
+
+
+def _log_axis(ax) -> None:
+    """A logarithmic x axis with plain numbers, also between the decades when there are few of these."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    is_narrow = high / low < 300
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,), numticks=20))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+# --- attainment against rate ------------------------------------------------------------------------------------------
+
+
+def attainment_rows(results: list[dict], labels: list[str]) -> list[dict]:
+    """One row for each measured rate: the points of a search or sweep, or one run each."""
+    rows = []
+    for label, result in zip(labels, results, strict=True):
+        for point in result.get("points") or [result]:
+            rate = point.get("request_rate")
+            if not isinstance(rate, int | float) or "slo_attainment" not in point:
+                raise ValueError(f"{label} has no request rate that a point could stand at")
+            spread = {key: point.get(key) for key in ("slo_attainment_min", "slo_attainment_max")}
+            rows.append({"label": label, "request_rate": rate, **{key: point[key] for key, _ in SHARES}, **spread})
+    return sorted(rows, key=lambda row: (row["label"], row["request_rate"]))
+
+
+def draw_attainment(pyplot, rows: list[dict], results: list[dict]):
+    """One label: its three curves in one panel. Several: a panel for each curve, a line for each label."""
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    num_panels = 1 if len(labels) == 1 else len(SHARES)
+    figure, axes = pyplot.subplots(1, num_panels, figsize=(5.6 if num_panels == 1 else 9.6, 3.9), sharey=True,
+                                   squeeze=False)  # fmt: skip
+    lines = [(panel, share, label) for panel, share in enumerate(SHARES) for label in labels]
+    for panel, (key, name), label in lines:
+        index = panel if num_panels == 1 else labels.index(label)
+        ax, own = axes[0][panel if num_panels > 1 else 0], [row for row in rows if row["label"] == label]
+        style = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)]}
+        rates = [row["request_rate"] for row in own]
+        ax.plot(rates, [100 * row[key] for row in own], marker="os^Dv<>"[index % 7], markersize=3.5, linewidth=1.6,
+                label=name if num_panels == 1 else label, **style)  # fmt: skip
+        if key == "slo_attainment" and all(row["slo_attainment_min"] is not None for row in own):
+            low, high = ([100 * row[f"slo_attainment_{end}"] for row in own] for end in ("min", "max"))
+            ax.fill_between(rates, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    for panel, ax in enumerate(axes[0]):
+        for target in (90, 99):
+            ax.axhline(target, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
+        if num_panels > 1:
+            ax.set_title(SHARES[panel][1], fontsize=9)
+        ax.set_xlabel("requests/s")
+        ax.set_xlim(left=0)
+        ax.set_ylim(0, 103)
+        ax.set_yticks([0, 20, 40, 60, 80, 90, 99])
+        ax.grid(color="#e6e8ec", linewidth=0.6)
+        ax.set_axisbelow(True)
+    axes[0][0].set_ylabel("percent of all issued requests")
+    axes[0][0].legend(frameon=False, fontsize=8, loc="lower left")
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    return figure
