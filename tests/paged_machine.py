@@ -17,7 +17,7 @@ from random import Random
 from nanodrift.config import BLOCK_SIZE
 from nanodrift.executor import VirtualClock
 from nanodrift.kvcache import BlockPool
-from nanodrift.plan import Completion, Partition, PrefillWork, Ticket
+from nanodrift.plan import Completion, FusedWork, Partition, PrefillWork, Ticket
 from nanodrift.request import Request
 
 VOCAB_SIZE = 50
@@ -67,7 +67,8 @@ class PagedMachine:
         self.watch_launch: Callable = lambda work: None
 
     def launch(self, work, partition) -> Ticket:
-        self.watch_launch(work)
+        for part in work.parts:
+            self.watch_launch(part)
         ticket = Ticket(len(self.launches), work, partition, self.clock.now())
         self.launches.append(work)
         self.in_flight.append(ticket)
@@ -95,6 +96,8 @@ class PagedMachine:
         return not any(lanes & set(self.in_flight[i].work.lanes) for i in range(index))
 
     def _carry_out(self, work):
+        if isinstance(work, FusedWork):
+            return self._carry_out(work.prefill) + self._carry_out(work.decode)
         for new in work.new_blocks:
             for i, block_id in enumerate(new.block_ids):
                 self.tables[new.row][new.first_index + i] = block_id
@@ -160,6 +163,7 @@ def check_pool(pool: BlockPool, requests: Iterable[Request]) -> None:
         for key, child in node.children.items():
             assert child.parent is node and child.key == key and pool._nodes[child.block_id] is child
             assert child.block_id not in known, f"block {child.block_id} stands twice in the tree"
+            assert [type(part) for part in key][-BLOCK_SIZE:] == [int] * BLOCK_SIZE, "a block that is not full is known"
             known[child.block_id] = child
             if node.block_id in order:
                 assert order[child.block_id] < order[node.block_id], "a leaf would outlive its branch"

@@ -155,6 +155,31 @@ def test_salts_keep_trees_apart():
     assert pool.num_cached_blocks == 4
 
 
+def test_whom_to_wait_for():
+    pool = BlockPool(32)
+    serve(pool, blocks(1))
+    owner = admit(pool, [*blocks(1, 2, 3), 5])
+
+    def waits(token_ids, salt=None):
+        request = request_of(token_ids, salt)
+        pool.match(request)
+        return pool.is_about_to_write(owner, request)
+
+    assert waits(blocks(1, 2)) and waits([*blocks(1, 2), 7])
+    assert not waits(blocks(1, 3)), "it will not write that one"
+    assert not waits([*blocks(1), 2, 2]), "a block that is not full cannot be shared"
+    assert not waits(blocks(4, 2)) and not waits(blocks(1, 2), salt="a"), "the same ids elsewhere"
+    serve(pool, blocks(6))
+    assert not waits(blocks(6, 2))
+    owner.num_written_tokens = 2 * BLOCK_SIZE
+    pool.enter(owner)
+    assert not waits(blocks(1, 2)), "it is there by now"
+    assert waits(blocks(1, 2, 3))
+    owner.num_written_tokens = 3 * BLOCK_SIZE
+    pool.enter(owner)
+    assert not waits([*blocks(1, 2, 3), 5]), "the rest of the same prompt is everyone's own"
+
+
 def test_the_same_block_written_twice_is_known_once():
     pool = BlockPool(16)
     pair = [admit(pool, blocks(1, 2, 3)) for _ in range(2)]
