@@ -189,6 +189,7 @@ def test_the_public_paths_say_nothing_secret(guarded):
     for path in ("/health", "/ping"):
         answer = httpx.get(f"{guarded.url}{path}")
         assert answer.status_code == 200 and answer.text in ('{"status":"ok"}', "")
+    assert httpx.get(guarded.url).headers["content-type"].startswith("text/html")  # see test_server_page
     assert error_of(httpx.post(f"{guarded.url}/health", json={}), 405)
 
 

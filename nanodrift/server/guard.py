@@ -13,7 +13,7 @@ import hmac
 from nanodrift.server.protocol import ApiError
 from nanodrift.server.replies import error_response
 
-PUBLIC_PATHS = frozenset({"/health", "/ping"})  # they say whether it is alive and nothing else
+PUBLIC_PATHS = frozenset({"/", "/health", "/ping"})  # a page that asks for the key; whether the server is alive
 MAX_BODY_BYTES = 8 * 1024 * 1024
 BODY_TIMEOUT_S = 60.0
 MAX_REQUEST_ID_CHARS = 128

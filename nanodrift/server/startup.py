@@ -56,7 +56,7 @@ def lines_to_copy(info: dict, url: str, name: str, needs_key: bool) -> list[tupl
     prompt = '"Once upon a time"' if info["has_tokenizer"] else "[1, 2, 3]"
     body = f'{{"model": "{name}", "prompt": {prompt}, "max_tokens": 120, "temperature": 0.7}}'
     curl = f"curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
-    lines = [("serving at", url), ("try", curl)]
+    lines = [("serving at, also for a browser", url), ("try", curl)]
     if info["is_embedded"]:
         lines.append(("for a real model", REAL_MODEL_LINE))
     return lines

@@ -1,9 +1,14 @@
-"""The routes beside OpenAI's: tokenising and back in vLLM's shapes, and what a load balancer asks.
+"""The routes beside OpenAI's: tokenising and back in vLLM's shapes, what a load balancer asks, the page for people.
 
 ``add_tools`` adds them to the application.
 """
 
 from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
@@ -12,9 +17,17 @@ from nanodrift.server.protocol import ApiError, DetokenizeBody, TokenizeBody, pl
 from nanodrift.server.served import Served, in_thread
 from nanodrift.tokenizer import Tokenizer
 
+PAGE = Path(__file__).with_name("page.html")
+
 
 def add_tools(app: FastAPI, served: Served) -> None:
     client = served.client
+    page_text = PAGE.read_text(encoding="utf-8")
+    page_headers = {"Content-Security-Policy": _page_policy(page_text), "X-Content-Type-Options": "nosniff"}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response(page_text, media_type="text/html", headers=page_headers)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> Response:
@@ -44,7 +57,28 @@ def add_tools(app: FastAPI, served: Served) -> None:
 
     @app.get("/load")
     async def load() -> Response:
-        return JSONResponse({"server_load": client.num_in_flight, "engine": client.stats})
+        answer = {"server_load": client.num_in_flight, "engine": client.stats}
+        if served.state == "ready":
+            device = client.info["device_name"]
+            answer |= {"device": device, "sharing": _sharing(device)}
+        return JSONResponse(answer)
+
+
+def _sharing(device_name: str) -> str:
+    """What the lanes' shares of busy time mean on this device, for people."""
+    if device_name.startswith("cpu"):
+        return f"lane time on {device_name}, which has no partitions"
+    return f"lane time on {device_name}"
+
+
+def _page_policy(text: str) -> str:
+    """The page may run its own script and talk to this server; nothing else, whatever a model says."""
+    script = re.search("<script>(.*?)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 def _tokenizer(served: Served, name: str | None) -> Tokenizer:
