@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
 from nanodrift.plan import Lane, Partition
@@ -53,8 +54,8 @@ class Decision:
     partition: Partition
     token_chunk: int  # prompt tokens of the next chunk
     layers: int  # of one prefill piece, about as long as a decode step
-    step_s: float  # guarded prediction of the gap between two tokens
-    prompt_tokens_per_s: float
+    step_s: float = 0.0  # guarded prediction of the gap between two tokens; 0 where nothing was predicted
+    prompt_tokens_per_s: float = 0.0
     is_unmeetable: bool = False
 
     def describe(self) -> str:
@@ -62,6 +63,24 @@ class Decision:
         late = ", TBT unmeetable" if self.is_unmeetable else ""
         rate = f"{self.prompt_tokens_per_s:,.0f} prompt tokens/s"
         return f"{self.mode.value} ({where}): gap <= {1e3 * self.step_s:.1f} ms, {rate}{late}"
+
+
+class Policy(Protocol):
+    """What the scheduler asks before it launches anything: this module's dispatcher, or one of baselines.py."""
+
+    def choose(self, load: Load, current: Decision | None = None) -> Decision: ...
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Prompts and tokens take turns on the whole chip, in chunks of fixed size: needs to know no costs."""
+
+    whole_chip: Partition
+    token_chunk: int
+    layers: int
+
+    def choose(self, load: Load, current: Decision | None = None) -> Decision:
+        return Decision(Mode.EXCLUSIVE, self.whole_chip, self.token_chunk, self.layers)
 
 
 class Dispatcher:
@@ -103,20 +122,20 @@ class Dispatcher:
         options = (makers[mode](load) for mode in self.modes)
         return [option for option in options if option is not None]
 
+    def split_at(self, load: Load, partition: Partition) -> Decision:
+        """Decode and prefill side by side on this partition, whatever it means for the TBT."""
+        chunk = self._chunk(load, self.max_prefill_tokens)
+        cell = Cell.of(chunk, load.decode, partition.decode_sms)
+        solo_s = self.cost.decode_s(load.decode, partition.decode_sms)
+        step_s = solo_s * self.guard.factor(Lane.DECODE, cell).worst
+        prefill_s = self.cost.prefill_s(chunk, partition.prefill_sms) * self.guard.factor(Lane.PREFILL, cell).mean
+        rate, layers = chunk.num_tokens / prefill_s, self._layers(solo_s, prefill_s)
+        return Decision(Mode.SPLIT, partition, chunk.num_tokens, layers, step_s, rate, step_s > load.tbt_s)
+
     def _split(self, load: Load) -> Decision | None:
         """Best fit: the smallest decode half whose guarded step meets the TBT leaves the most SMs to prefill."""
-        chunk = self._chunk(load, self.max_prefill_tokens)
-        for partition in self.splits:
-            cell = Cell.of(chunk, load.decode, partition.decode_sms)
-            solo_s = self.cost.decode_s(load.decode, partition.decode_sms)
-            step_s = solo_s * self.guard.factor(Lane.DECODE, cell).worst
-            if step_s > load.tbt_s:
-                continue
-            prefill_s = self.cost.prefill_s(chunk, partition.prefill_sms)
-            prefill_s *= self.guard.factor(Lane.PREFILL, cell).mean
-            layers = self._layers(solo_s, prefill_s)
-            return Decision(Mode.SPLIT, partition, chunk.num_tokens, layers, step_s, chunk.num_tokens / prefill_s)
-        return None
+        halves = (self.split_at(load, partition) for partition in self.splits)
+        return next((half for half in halves if not half.is_unmeetable), None)
 
     def _fused(self, load: Load) -> Decision | None:
         """The token chunk of the highest rate that keeps the TBT, the attentions beside each other where that pays."""

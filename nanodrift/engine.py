@@ -91,9 +91,13 @@ class Engine:
         now_s = self.executor.clock.now()
         while self._arrivals and self._arrivals[0][0] <= now_s:
             self.scheduler.add(heapq.heappop(self._arrivals)[2])
-        for lane in LANES:
-            while (work := self.scheduler.next_work(lane, now_s)) is not None:
-                self.scheduler.on_launch(self.executor.launch(work, self.executor.partitions[0]))
+        has_launched = True
+        while has_launched:  # the lanes take turns, so that where they share a stream their work alternates
+            has_launched = False
+            for lane in LANES:
+                if (found := self.scheduler.next_work(lane, now_s)) is not None:
+                    self.scheduler.on_launch(self.executor.launch(*found))
+                    has_launched = True
         if self._arrivals:
             until_s = min(self._arrivals[0][0], until_s if until_s is not None else float("inf"))
         events = []

@@ -89,6 +89,11 @@ class PrefillWork:
     lanes = (Lane.PREFILL,)
 
     @property
+    def parts(self) -> tuple[PrefillWork]:
+        """What it consists of; see FusedWork."""
+        return (self,)
+
+    @property
     def num_tokens(self) -> int:
         return sum(len(s.token_ids) for s in self.slices)
 
@@ -112,6 +117,10 @@ class DecodeWork:
     lanes = (Lane.DECODE,)
 
     @property
+    def parts(self) -> tuple[DecodeWork]:
+        return (self,)
+
+    @property
     def sampled_ids(self) -> tuple[str, ...]:
         return self.request_ids
 
@@ -124,6 +133,10 @@ class FusedWork:
     decode: DecodeWork
 
     lanes = (Lane.PREFILL, Lane.DECODE)
+
+    @property
+    def parts(self) -> tuple[PrefillWork, DecodeWork]:
+        return self.prefill, self.decode
 
     @property
     def sampled_ids(self) -> tuple[str, ...]:

@@ -14,16 +14,31 @@ Pure state: imports no torch, reads no clock, launches nothing. The engine asks 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import deque
 from dataclasses import dataclass
 
 from nanodrift.config import BLOCK_SIZE
+from nanodrift.cost import DecodeLoad
+from nanodrift.dispatch import Decision, Load, Mode, Policy
 from nanodrift.kvcache import BlockPool, blocks_for
-from nanodrift.plan import Completion, DecodeWork, Lane, NewBlocks, PrefillSlice, PrefillWork, RowParams, Ticket, Work
+from nanodrift.plan import (
+    Completion,
+    DecodeWork,
+    FusedWork,
+    Lane,
+    NewBlocks,
+    Partition,
+    PrefillSlice,
+    PrefillWork,
+    RowParams,
+    Ticket,
+    Work,
+)
 from nanodrift.request import MAX_STOP_TOKEN_IDS, Request, RequestState
 
-MAX_DECODE_IN_FLIGHT = 2  # step n + 1 is launched before the host has read step n
-MAX_PREFILL_IN_FLIGHT = 2  # when no request decodes; one beside running requests, so that their steps come between
+MAX_IN_FLIGHT = 2  # on each lane: step n + 1 is launched before the host has read step n
 
 
 @dataclass(frozen=True)
@@ -58,14 +73,15 @@ class Scheduler:
         num_layers: int,
         max_model_len: int,
         max_prefill_tokens: int,
-        prefill_layers: int | None = None,
+        policy: Policy,
         prefix_caching: bool = True,
     ):
         self.pool = BlockPool(num_blocks, has_tree=prefix_caching)
         self.num_layers = num_layers
         self.max_model_len = max_model_len
         self.max_prefill_tokens = max_prefill_tokens
-        self.prefill_layers = prefill_layers or num_layers
+        self.policy = policy
+        self.decision: Decision | None = None  # how the lanes share the device just now
         self.requests: dict[str, Request] = {}  # every request that still owns something
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []  # hold a row; prompt not complete
@@ -76,6 +92,8 @@ class Scheduler:
         self._num_batches = 0
         self._num_added = 0
         self._num_in_flight = {Lane.PREFILL: 0, Lane.DECODE: 0}
+        self._num_pieces_in_flight = 0  # of chunks that go by layers, not in fused steps
+        self._newest_chunk = (0, 0)  # tokens, start
         self._is_draining = False  # blocks ran out: launch nothing new until nothing is in flight
 
     # ---- requests come and go ----------------------------------------------------------------------------------
@@ -139,30 +157,33 @@ class Scheduler:
 
     # ---- what runs next ----------------------------------------------------------------------------------------
 
-    def next_work(self, lane: Lane, now_s: float) -> Work | None:
-        """The next piece of work for a lane, or None if it has no room or nothing to do."""
-        return self._next_decode() if lane is Lane.DECODE else self._next_prefill(now_s)
+    def next_work(self, lane: Lane, now_s: float) -> tuple[Work, Partition] | None:
+        """The next piece of work for a lane and where it runs, or None if it has no room or nothing to do."""
+        if self._num_in_flight[lane] >= MAX_IN_FLIGHT:
+            return None
+        work = self._next_decode(now_s) if lane is Lane.DECODE else self._next_prefill(now_s)
+        return None if work is None else (work, self.decision.partition)
 
     def on_launch(self, ticket: Ticket) -> None:
         work = ticket.work
-        for lane in work.lanes:
-            self._num_in_flight[lane] += 1
-        for request in self._requests_of(work):
-            request.num_in_flight += 1
-            if Lane.DECODE in work.lanes:
-                request.num_launched_tokens += 1
+        self._num_pieces_in_flight += isinstance(work, PrefillWork)
+        for part in work.parts:
+            self._num_in_flight[part.lanes[0]] += 1
+            for request in self._requests_of(part):
+                request.num_in_flight += 1
+                request.num_launched_tokens += isinstance(part, DecodeWork)
 
     def on_complete(self, completion: Completion) -> list[TokenEvent]:
         """Takes in the sampled tokens, merges prefilled requests into the decode batch, ends what has to end."""
-        work, events = completion.ticket.work, []
-        for lane in work.lanes:
-            self._num_in_flight[lane] -= 1
-        touched = self._requests_of(work)
-        for request in touched:
-            request.num_in_flight -= 1
-            if Lane.DECODE in work.lanes:
-                request.num_launched_tokens -= 1
-        self._enter_written_blocks(work)
+        work, events, touched = completion.ticket.work, [], []
+        self._num_pieces_in_flight -= isinstance(work, PrefillWork)
+        for part in work.parts:
+            self._num_in_flight[part.lanes[0]] -= 1
+            for request in self._requests_of(part):
+                request.num_in_flight -= 1
+                request.num_launched_tokens -= isinstance(part, DecodeWork)
+                touched.append(request)
+            self._enter_written_blocks(part)
         for request_id, token_id in completion.tokens:
             request = self.requests[request_id]
             if request.is_finished:
@@ -178,9 +199,7 @@ class Scheduler:
 
     # ---- decode lane -------------------------------------------------------------------------------------------
 
-    def _next_decode(self) -> DecodeWork | None:
-        if self._num_in_flight[Lane.DECODE] >= MAX_DECODE_IN_FLIGHT:
-            return None
+    def _next_decode(self, now_s: float) -> DecodeWork | FusedWork | None:
         if self._is_draining and self._is_busy():
             return None
         self._is_draining = False
@@ -197,7 +216,8 @@ class Scheduler:
         for request in batch:
             if num_missing := self._num_missing_blocks(request):
                 new_blocks.append(self._grow(request, num_missing))
-        return DecodeWork(
+        self._decide(batch)
+        step = DecodeWork(
             request_ids=tuple(r.request_id for r in batch),
             rows=tuple(r.row for r in batch),
             positions=tuple(r.num_tokens + r.num_launched_tokens - 1 for r in batch),
@@ -205,6 +225,12 @@ class Scheduler:
             has_ban=any(len(r.output_token_ids) + r.num_launched_tokens < r.params.min_tokens for r in batch),
             new_blocks=tuple(new_blocks),
         )
+        if self.decision.mode is Mode.FUSED and self._batch is None and self._num_pieces_in_flight == 0:
+            chunk = self._form_batch(now_s, self.decision.token_chunk)
+            if chunk is not None:
+                prefill = PrefillWork(chunk.batch_id, chunk.slices, 0, self.num_layers, True, chunk.new_blocks)
+                return FusedWork(prefill, step)
+        return step
 
     def _can_step(self, request: Request) -> bool:
         num_output_tokens = len(request.output_token_ids) + request.num_launched_tokens
@@ -241,25 +267,41 @@ class Scheduler:
     # ---- prefill lane ------------------------------------------------------------------------------------------
 
     def _next_prefill(self, now_s: float) -> PrefillWork | None:
-        if self._num_in_flight[Lane.PREFILL] >= (1 if self.running else MAX_PREFILL_IN_FLIGHT):
-            return None
+        batch = [request for request in self.running if self._can_step(request)]
+        self._decide(batch)
+        if self._batch is None:  # a chunk that was begun by layers is finished by layers
+            if self._is_draining or (batch and self.decision.mode is Mode.FUSED):
+                return None
+            self._batch = self._form_batch(now_s, self.decision.token_chunk)
         if self._batch is None:
-            self._batch = None if self._is_draining else self._form_batch(now_s)
-        if self._batch is None:
             return None
-        batch = self._batch
-        first = batch.next_layer
-        batch.next_layer = last = min(first + self.prefill_layers, self.num_layers)
+        chunk = self._batch
+        first = chunk.next_layer
+        chunk.next_layer = last = min(first + self.decision.layers, self.num_layers)
         is_last = last == self.num_layers
         if is_last:
             self._batch = None
         return PrefillWork(
-            batch.batch_id, batch.slices, first, last, is_last, new_blocks=batch.new_blocks if first == 0 else ()
+            chunk.batch_id, chunk.slices, first, last, is_last, new_blocks=chunk.new_blocks if first == 0 else ()
         )
 
-    def _form_batch(self, now_s: float) -> _PrefillBatch | None:
-        """The next token chunk: prompts under way first, then the queue in order, up to ``max_prefill_tokens``."""
-        room, slices, new_blocks = self.max_prefill_tokens, [], []
+    def _decide(self, batch: list[Request]) -> None:
+        """Asks the policy how the lanes are to share the device, for these decoding requests and what is to prefill."""
+        decode = DecodeLoad(len(batch), sum(r.num_tokens + r.num_launched_tokens for r in batch))
+        tbt_s = min((request.slo.tbt_ms for request in batch), default=math.inf) / 1e3
+        num_tokens, start = 0, 0
+        if self._batch is not None or self._num_in_flight[Lane.PREFILL] > 0:
+            num_tokens, start = self._newest_chunk
+        for request in itertools.chain(self.prefilling, self.waiting):
+            if num_tokens >= self.max_prefill_tokens:
+                break
+            start = start if num_tokens else request.num_computed_tokens
+            num_tokens += request.num_tokens - request.num_computed_tokens
+        self.decision = self.policy.choose(Load(decode, tbt_s, num_tokens, start), self.decision)
+
+    def _form_batch(self, now_s: float, most_tokens: int) -> _PrefillBatch | None:
+        """The next token chunk: prompts under way first, then the queue in order, up to ``most_tokens``."""
+        room, slices, new_blocks = min(most_tokens, self.max_prefill_tokens), [], []
         for request in self.prefilling:
             room -= self._take_slice(request, room, slices)
         passed, num_kept_blocks = [], 0  # requests that wait for a prefix; what those behind must leave to them
@@ -280,6 +322,7 @@ class Scheduler:
         if not slices:
             return None
         self._num_batches += 1
+        self._newest_chunk = (sum(len(s.token_ids) for s in slices), slices[0].start)
         return _PrefillBatch(self._num_batches, tuple(slices), tuple(new_blocks))
 
     def _admit(self, request: Request, now_s: float) -> NewBlocks:
@@ -359,7 +402,7 @@ class Scheduler:
         del self.requests[request.request_id]
 
     def _requests_of(self, work: Work) -> list[Request]:
-        if Lane.DECODE in work.lanes:
+        if isinstance(work, DecodeWork):
             return [self.requests[request_id] for request_id in work.request_ids]
         return [self.requests[s.request_id] for s in work.slices]
 

@@ -15,6 +15,7 @@ import torch
 from nanodrift import hub
 from nanodrift.config import BLOCK_SIZE, ConfigError, EngineConfig, ModelConfig
 from nanodrift.cpu import CpuExecutor
+from nanodrift.dispatch import Turns
 from nanodrift.engine import Engine
 from nanodrift.gpu import GpuExecutor
 from nanodrift.kvcache import blocks_for
@@ -104,7 +105,9 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
         num_layers=executor.num_layers,
         max_model_len=max_model_len,
         max_prefill_tokens=config.max_prefill_tokens,
-        prefill_layers=config.prefill_layers,
+        policy=Turns(
+            executor.partitions[0], config.max_prefill_tokens, config.prefill_layers or model_config.num_layers
+        ),
         prefix_caching=config.prefix_caching,
     )
     engine = Engine(

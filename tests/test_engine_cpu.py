@@ -8,6 +8,7 @@ from paged_machine import check_pool
 
 from nanodrift.config import ModelConfig, RopeConfig
 from nanodrift.cpu import CpuExecutor
+from nanodrift.dispatch import Turns
 from nanodrift.engine import Engine
 from nanodrift.model import Model
 from nanodrift.plan import DecodeWork, FusedWork, NewBlocks, PrefillSlice, PrefillWork, RowParams
@@ -52,7 +53,7 @@ def make_engine(model, num_blocks=40, num_rows=8, max_prefill_tokens=256, prefil
         num_layers=3,
         max_model_len=512,
         max_prefill_tokens=max_prefill_tokens,
-        prefill_layers=prefill_layers,
+        policy=Turns(executor.partitions[0], max_prefill_tokens, prefill_layers or 3),
         prefix_caching=prefix_caching,
     )
     return Engine(scheduler, executor, vocab_size=VOCAB_SIZE, eos_token_ids=(7,))

@@ -1,16 +1,19 @@
 """The scheduler under the engine's loop, on a machine that checks every position it reads (paged_machine.py)."""
 
+from random import Random
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from paged_machine import VOCAB_SIZE, PagedMachine, check_pool, expected_output
 
-from nanodrift.config import BLOCK_SIZE
-from nanodrift.dispatch import Turns
+from nanodrift.config import BLOCK_SIZE, SLO
+from nanodrift.dispatch import Decision, Mode, Turns
 from nanodrift.engine import Engine
 from nanodrift.kvcache import blocks_for
-from nanodrift.plan import DecodeWork, Lane, PrefillWork
+from nanodrift.plan import DecodeWork, FusedWork, Lane, Partition, PrefillWork
 from nanodrift.request import RequestState, SamplingParams
 from nanodrift.scheduler import Scheduler
 
@@ -76,7 +79,9 @@ def test_lanes_are_told_the_partition_of_the_decision():
     policy = AnyPolicy(num_layers=4, seed=3)
     engine, machine = make_engine(policy=policy)
     where = []
-    machine.launch = lambda work, partition, launch=machine.launch: (where.append(partition), launch(work, partition))[1]
+    machine.launch = lambda work, partition, launch=machine.launch: (where.append(partition), launch(work, partition))[
+        1
+    ]
     for n in (100, 200, 300):
         add(engine, prompt_of(n, n), 30)
     run(engine)
@@ -89,7 +94,9 @@ def test_the_tightest_promise_of_the_running_requests_counts():
     engine, _ = make_engine(policy=policy)
     engine.scheduler.policy = SimpleNamespace(choose=lambda load, _: loads.append(load) or policy.choose(load))
     for tbt_ms in (50.0, 20.0, 80.0):
-        request = engine.new_request(prompt_of(40), SamplingParams(max_tokens=9, ignore_eos=True), slo=SLO(tbt_ms=tbt_ms))
+        request = engine.new_request(
+            prompt_of(40), SamplingParams(max_tokens=9, ignore_eos=True), slo=SLO(tbt_ms=tbt_ms)
+        )
         engine.add(request)
     run(engine)
     assert min(load.tbt_s for load in loads if load.decode.batch == 3) == 0.020
@@ -552,11 +559,12 @@ class EngineMachine(RuleBasedStateMachine):
         chunk=st.sampled_from([7, 64, 200]),
         layers=st.sampled_from([1, 2, None]),
         seed=st.integers(0, 1000),
-        has_policy=st.booleans(),
+        has_any_policy=st.booleans(),
     )
-    def start(self, num_blocks, num_rows, chunk, layers, seed):
+    def start(self, num_blocks, num_rows, chunk, layers, seed, has_any_policy):
+        options = {"policy": AnyPolicy(3, seed)} if has_any_policy else {"prefill_layers": layers}
         self.engine, self.machine = make_engine(
-            num_blocks, num_rows, 3, max_model_len=200, max_prefill_tokens=chunk, prefill_layers=layers, seed=seed
+            num_blocks, num_rows, 3, max_model_len=200, max_prefill_tokens=chunk, seed=seed, **options
         )
         self.requests, self.ends = [], []
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nanodrift.config import ModelConfig
 from nanodrift.cost import Cell, CostModel, Curve, DecodeLoad, Guard, PrefillLoad, h200_prior
+from nanodrift.dispatch import Turns
 from nanodrift.engine import Engine
 from nanodrift.plan import DecodeWork, FusedWork, Lane, Partition, PrefillSlice, PrefillWork, RowParams
 from nanodrift.request import SamplingParams
@@ -161,9 +162,16 @@ def test_the_guard_learns_forgives_and_borrows():
     assert guard.factor(Lane.PREFILL, cell).worst == guard.prior_worst
 
 
-def simulate(seed=0, num_requests=50):
+def simulate(seed=0, num_requests=50, policy=None):
     sim = machine(CostModel(LLAMA, h200_prior()))
-    scheduler = Scheduler(num_blocks=4000, num_rows=64, num_layers=32, max_model_len=8192, max_prefill_tokens=2048)
+    scheduler = Scheduler(
+        num_blocks=4000,
+        num_rows=64,
+        num_layers=32,
+        max_model_len=8192,
+        max_prefill_tokens=2048,
+        policy=policy(sim) if policy else Turns(sim.partitions[0], 2048, 32),
+    )
     engine = Engine(scheduler, sim, vocab_size=LLAMA.vocab_size)
     requests = []
     for i in range(num_requests):
