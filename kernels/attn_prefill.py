@@ -196,19 +196,9 @@ def _attn_prefill_kernel(
 
 
 def attn_prefill(
-    q,
-    k_cache,
-    v_cache,
-    block_table,
-    rows,
-    query_starts,
-    context_lens,
-    *,
-    max_query_len,
-    scale,
-    out=None,
-    num_sms,
-):
+    q, k_cache, v_cache, block_table, rows, query_starts, context_lens,
+    *, max_query_len, scale, out=None, num_sms,
+):  # fmt: skip
     """Causal attention of each request's new tokens over its cached prefix and themselves.
 
     q [T, H, D]; k_cache and v_cache [N, K, 64, D]; block_table [num_rows, max_blocks], rows [R], query_starts [R + 1]

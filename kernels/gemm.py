@@ -53,22 +53,11 @@ def _finish_tile(acc, row, column, N, bias_ptr, residual_desc, out_desc, WIDTH: 
 
 @triton.jit(do_not_specialize=["M"])
 def _gemm_kernel(
-    x_desc,
-    w_desc,
-    w_tail_desc,
-    out_desc,
-    residual_desc,
-    bias_ptr,
-    M,
-    N,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-    STORE_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x_desc, w_desc, w_tail_desc, out_desc, residual_desc, bias_ptr,
+    M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, STORE_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-):
+):  # fmt: skip
     # map program: this program's share of the tiles, BLOCK_N + TAIL_N columns wide
     num_tiles_m = tl.cdiv(M, BLOCK_M)
     num_tiles_n = tl.cdiv(N, BLOCK_N + TAIL_N)
@@ -188,22 +177,11 @@ def gemm(x, w, *, bias=None, residual=None, out=None, num_sms, deterministic=Fal
     main_n = 1 << (block_n.bit_length() - 1)  # the power of two in block_n; what is left is the tail
     tail_n = block_n - main_n
     _gemm_kernel[(min(num_sms * programs_per_sm, num_tiles),)](
-        descriptor(x, block_m, block_k),
-        descriptor(w, main_n, block_k),
-        descriptor(w, tail_n, block_k) if tail_n else None,
-        descriptor(out, block_m, store_n),
-        None if residual is None else descriptor(residual, block_m, store_n),
-        bias,
-        M,
-        N,
-        K,
-        BLOCK_M=block_m,
-        BLOCK_N=main_n,
-        TAIL_N=tail_n,
-        STORE_N=store_n,
-        BLOCK_K=block_k,
-        GROUP_M=GROUP_M,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+        descriptor(x, block_m, block_k), descriptor(w, main_n, block_k),
+        descriptor(w, tail_n, block_k) if tail_n else None, descriptor(out, block_m, store_n),
+        None if residual is None else descriptor(residual, block_m, store_n), bias,
+        M, N, K,
+        BLOCK_M=block_m, BLOCK_N=main_n, TAIL_N=tail_n, STORE_N=store_n, BLOCK_K=block_k, GROUP_M=GROUP_M,
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
     return out

@@ -39,18 +39,10 @@ def gemm_skinny_reference(x, w, *, bias=None, out=None, num_splits=1):
 
 @triton.jit(do_not_specialize=["M", "num_splits", "blocks_per_split"])
 def _skinny_kernel(
-    x_desc,
-    w_desc,
-    bias_ptr,
-    out_ptr,
-    M,
-    N,
-    num_splits,
-    blocks_per_split,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_desc, w_desc, bias_ptr, out_ptr,
+    M, N, num_splits, blocks_per_split,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     # map program
     num_tiles_m = tl.cdiv(M, BLOCK_M)
     num_tiles_n = tl.cdiv(N, BLOCK_N)
@@ -144,18 +136,8 @@ def gemm_skinny(x, w, *, bias=None, out=None, num_sms, num_splits=None, tile=Non
     block_m, block_n, block_k, num_warps, num_stages, programs_per_sm, _ = tile or chosen
     num_units = splits * ceil_div(M, block_m) * ceil_div(N, block_n)
     _skinny_kernel[(min(num_sms * programs_per_sm, num_units),)](
-        descriptor(x, block_m, block_k),
-        descriptor(w, block_n, block_k),
-        bias,
-        out,
-        M,
-        N,
-        splits,
-        ceil_div(ceil_div(K, block_k), splits),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+        descriptor(x, block_m, block_k), descriptor(w, block_n, block_k), bias, out,
+        M, N, splits, ceil_div(ceil_div(K, block_k), splits),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
     return out

@@ -31,13 +31,9 @@ def rmsnorm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, *, out:
 
 
 def add_rmsnorm_reference(
-    partials: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    *,
-    out: torch.Tensor | None = None,
-):
+    partials: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
+    *, out: torch.Tensor | None = None,
+):  # fmt: skip
     """What ``add_rmsnorm`` computes: partials [S, T, C], residual [T, C] (updated in place) -> [T, C]."""
     total = partials[0].float()  # [T, C]
     for partial in partials[1:]:  # in order: floating-point sums depend on it
@@ -55,14 +51,10 @@ def _normalise(row, weight, eps, C: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _rmsnorm_kernel(
-    x_ptr,
-    weight_ptr,
-    out_ptr,
-    num_tokens,
-    eps,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x_ptr, weight_ptr, out_ptr,
+    num_tokens, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     # map program -> rows; the weight is read once
     columns = tl.arange(0, BLOCK_C)
     inside = columns < C
@@ -77,16 +69,10 @@ def _rmsnorm_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _add_rmsnorm_kernel(
-    partials_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_ptr,
-    num_tokens,
-    eps,
-    NUM_PARTIALS: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    partials_ptr, residual_ptr, weight_ptr, out_ptr,
+    num_tokens, eps,
+    NUM_PARTIALS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     # map program -> rows; the weight is read once
     columns = tl.arange(0, BLOCK_C)
     inside = columns < C
@@ -127,14 +113,9 @@ def rmsnorm(
 
 
 def add_rmsnorm(
-    partials: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    *,
-    out: torch.Tensor | None = None,
-    num_sms: int,
-) -> torch.Tensor:
+    partials: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
+    *, out: torch.Tensor | None = None, num_sms: int,
+) -> torch.Tensor:  # fmt: skip
     """Residual addition, then RMSNorm.
 
     partials [S, T, C] (fp32 split-K results, or one bf16 result as S = 1), residual [T, C], weight [C] -> [T, C] in
@@ -148,15 +129,8 @@ def add_rmsnorm(
     if num_tokens > 0:
         programs, block, warps = _launch_shape(num_tokens, width, num_sms)
         _add_rmsnorm_kernel[(programs,)](
-            partials,
-            residual,
-            weight,
-            out,
-            num_tokens,
-            eps,
-            NUM_PARTIALS=num_partials,
-            C=width,
-            BLOCK_C=block,
-            num_warps=warps,
-        )
+            partials, residual, weight, out,
+            num_tokens, eps,
+            NUM_PARTIALS=num_partials, C=width, BLOCK_C=block, num_warps=warps,
+        )  # fmt: skip
     return out

@@ -31,21 +31,11 @@ def _normalise_heads(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: t
 
 
 def rope_kv_write_reference(
-    qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    rows: torch.Tensor,
-    block_table: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 0.0,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    qkv: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, block_table: torch.Tensor,
+    k_cache: torch.Tensor, v_cache: torch.Tensor,
+    *, num_heads: int, num_kv_heads: int, q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None,
+    eps: float = 0.0, out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """What ``rope_kv_write`` does, in plain torch (same arguments)."""
     num_tokens, head_dim, dtype = qkv.shape[1], k_cache.shape[-1], k_cache.dtype
     out = qkv.new_empty((num_tokens, num_heads, head_dim), dtype=dtype) if out is None else out
@@ -72,27 +62,13 @@ def rope_kv_write_reference(
 
 @triton.jit(do_not_specialize=["num_tokens", "stride_table"])
 def _rope_kv_write_kernel(
-    qkv_ptr,
-    cos_sin_ptr,
-    positions_ptr,
-    rows_ptr,
-    block_table_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    out_ptr,
-    k_cache_ptr,
+    qkv_ptr, cos_sin_ptr, positions_ptr, rows_ptr, block_table_ptr, q_norm_ptr, k_norm_ptr, out_ptr, k_cache_ptr,
     v_cache_ptr,
-    num_tokens,
-    eps,
+    num_tokens, eps,
     stride_table,
-    NUM_PARTIALS: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-):
+    NUM_PARTIALS: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
     HALF: tl.constexpr = D // 2
     WIDTH: tl.constexpr = (H + 2 * K) * D
     NUM_TILES: tl.constexpr = (H + 2 * K + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -149,22 +125,11 @@ def _rope_kv_write_kernel(
 
 
 def rope_kv_write(
-    qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    rows: torch.Tensor,
-    block_table: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 0.0,
-    out: torch.Tensor | None = None,
-    num_sms: int,
-) -> torch.Tensor:
+    qkv: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, block_table: torch.Tensor,
+    k_cache: torch.Tensor, v_cache: torch.Tensor,
+    *, num_heads: int, num_kv_heads: int, q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None,
+    eps: float = 0.0, out: torch.Tensor | None = None, num_sms: int,
+) -> torch.Tensor:  # fmt: skip
     """Rotate q and k, store k and v in the cache.
 
     qkv [S, T, (H + 2K) D] (fp32 partials, or one result of any dtype), cos_sin [max_positions, D] fp32 (first half cos,
@@ -183,26 +148,10 @@ def rope_kv_write(
         block_heads = 8  # one shape for any T: the bits of a token must not depend on how many there are
         num_steps = num_tokens * triton.cdiv(num_heads + 2 * num_kv_heads, block_heads)
         _rope_kv_write_kernel[(min(num_steps, num_sms * 64),)](
-            qkv,
-            cos_sin,
-            positions,
-            rows,
-            block_table,
-            q_norm,
-            k_norm,
-            out,
-            k_cache,
-            v_cache,
-            num_tokens,
-            eps,
+            qkv, cos_sin, positions, rows, block_table, q_norm, k_norm, out, k_cache, v_cache,
+            num_tokens, eps,
             block_table.stride(0),
-            NUM_PARTIALS=num_partials,
-            H=num_heads,
-            K=num_kv_heads,
-            D=head_dim,
-            BLOCK_SIZE=BLOCK_SIZE,
-            BLOCK_HEADS=block_heads,
-            HAS_NORM=q_norm is not None,
-            num_warps=4,
-        )
+            NUM_PARTIALS=num_partials, H=num_heads, K=num_kv_heads, D=head_dim, BLOCK_SIZE=BLOCK_SIZE,
+            BLOCK_HEADS=block_heads, HAS_NORM=q_norm is not None, num_warps=4,
+        )  # fmt: skip
     return out

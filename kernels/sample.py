@@ -53,16 +53,10 @@ def gumbel_reference(words: torch.Tensor) -> torch.Tensor:
 
 
 def sample_reference(
-    logits: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: torch.Tensor,
-    seed: torch.Tensor,
-    last_token: torch.Tensor,
-    next_position: torch.Tensor,
-    *,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor,
+    last_token: torch.Tensor, next_position: torch.Tensor,
+    *, out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """What ``sample`` does, in plain torch (same arguments)."""
     valid = rows >= 0  # [B]
     row = rows.long().clamp(min=0)
@@ -79,14 +73,9 @@ def sample_reference(
 
 
 def filter_logits_reference(
-    logits: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-) -> torch.Tensor:
+    logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
+    top_p: torch.Tensor, min_p: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """What ``filter_logits`` does, by sorting (same arguments)."""
     vocab_size = logits.shape[1]
     row = rows.long().clamp(min=0)
@@ -144,18 +133,10 @@ def _gumbel(v):
 
 @triton.jit(do_not_specialize=["num_spans", "tiles_per_span"])
 def _sample_spans_kernel(
-    logits_ptr,
-    rows_ptr,
-    positions_ptr,
-    temperature_ptr,
-    seed_ptr,
-    span_score_ptr,
-    span_token_ptr,
-    num_spans,
-    tiles_per_span,
-    V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    logits_ptr, rows_ptr, positions_ptr, temperature_ptr, seed_ptr, span_score_ptr, span_token_ptr,
+    num_spans, tiles_per_span,
+    V: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     # map program -> row, span of tiles
     b = tl.program_id(0)
     span = tl.program_id(1)
@@ -200,16 +181,10 @@ def _sample_spans_kernel(
 
 @triton.jit(do_not_specialize=["num_spans"])
 def _sample_rows_kernel(
-    span_score_ptr,
-    span_token_ptr,
-    rows_ptr,
-    positions_ptr,
-    last_token_ptr,
-    next_position_ptr,
-    out_ptr,
+    span_score_ptr, span_token_ptr, rows_ptr, positions_ptr, last_token_ptr, next_position_ptr, out_ptr,
     num_spans,
     MAX_SPANS: tl.constexpr,
-):
+):  # fmt: skip
     # map program -> row
     b = tl.program_id(0)
     row = tl.load(rows_ptr + b)
@@ -228,17 +203,10 @@ def _sample_rows_kernel(
 
 
 def sample(
-    logits: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: torch.Tensor,
-    seed: torch.Tensor,
-    last_token: torch.Tensor,
-    next_position: torch.Tensor,
-    *,
-    out: torch.Tensor | None = None,
-    num_sms: int,
-) -> torch.Tensor:
+    logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor,
+    last_token: torch.Tensor, next_position: torch.Tensor,
+    *, out: torch.Tensor | None = None, num_sms: int,
+) -> torch.Tensor:  # fmt: skip
     """Choose one token per row of the batch.
 
     logits [B, V] fp32 contiguous, rows [B] and positions [B] int32 (position of the token that produced the logits),
@@ -256,31 +224,15 @@ def sample(
         span_score = torch.empty((batch, num_spans), dtype=torch.float32, device=logits.device)
         span_token = torch.empty((batch, num_spans), dtype=torch.int32, device=logits.device)
         _sample_spans_kernel[(batch, num_spans)](
-            logits,
-            rows,
-            positions,
-            temperature,
-            seed,
-            span_score,
-            span_token,
-            num_spans,
-            tiles_per_span,
-            V=vocab_size,
-            BLOCK_V=block,
-            num_warps=4,
-        )
+            logits, rows, positions, temperature, seed, span_score, span_token,
+            num_spans, tiles_per_span,
+            V=vocab_size, BLOCK_V=block, num_warps=4,
+        )  # fmt: skip
         _sample_rows_kernel[(batch,)](
-            span_score,
-            span_token,
-            rows,
-            positions,
-            last_token,
-            next_position,
-            out,
+            span_score, span_token, rows, positions, last_token, next_position, out,
             num_spans,
-            MAX_SPANS=max_spans,
-            num_warps=1,
-        )
+            MAX_SPANS=max_spans, num_warps=1,
+        )  # fmt: skip
     return out
 
 
@@ -403,19 +355,9 @@ def _largest_threshold(
 
 @triton.jit
 def _filter_kernel(
-    logits_ptr,
-    rows_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    kept_ptr,
-    V: tl.constexpr,
-    TILE: tl.constexpr,
-    LANES: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    VALUE_PASSES: tl.constexpr,
-):
+    logits_ptr, rows_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, kept_ptr,
+    V: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr, VALUE_PASSES: tl.constexpr,
+):  # fmt: skip
     # map program -> row
     b = tl.program_id(0)
     row = tl.load(rows_ptr + b)
@@ -471,16 +413,10 @@ def _filter_kernel(
 
 
 def filter_logits(
-    logits: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    *,
-    num_sms: int,
-) -> torch.Tensor:
+    logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
+    top_p: torch.Tensor, min_p: torch.Tensor,
+    *, num_sms: int,
+) -> torch.Tensor:  # fmt: skip
     """Set logits outside top-k, then outside top-p of the renormalised rest, then under min-p, to -inf, in place.
 
     logits [B, V] fp32 contiguous, rows [B] int32, temperature, top_p, min_p [num_rows] fp32, top_k [num_rows] int32.
@@ -495,20 +431,9 @@ def filter_logits(
         capacity = 16384  # of the list that a row's search shrinks to
         kept = torch.empty((batch, capacity), dtype=torch.float32, device=logits.device)
         _filter_kernel[(batch,)](
-            logits,
-            rows,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            kept,
-            V=vocab_size,
-            TILE=4096,
-            LANES=2048,
-            CAPACITY=capacity,
-            VALUE_PASSES=10,
-            num_warps=16,
-        )
+            logits, rows, temperature, top_k, top_p, min_p, kept,
+            V=vocab_size, TILE=4096, LANES=2048, CAPACITY=capacity, VALUE_PASSES=10, num_warps=16,
+        )  # fmt: skip
     return logits
 
 
@@ -527,14 +452,9 @@ def _ban_kernel(
 
 
 def ban_tokens(
-    logits: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    banned: torch.Tensor,
-    min_position: torch.Tensor,
-    *,
-    num_sms: int = 0,
-) -> torch.Tensor:
+    logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, banned: torch.Tensor, min_position: torch.Tensor,
+    *, num_sms: int = 0,
+) -> torch.Tensor:  # fmt: skip
     """Forbid tokens near the start of an answer (min_tokens): -inf at banned ids while position + 1 < min_position.
 
     logits [B, V] contiguous (changed in place), rows [B] and positions [B] int32, banned [num_rows, 16] int32 (-1 = no

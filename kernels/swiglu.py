@@ -38,17 +38,10 @@ def _silu_mul(gate, up):
 
 @triton.jit(do_not_specialize=["M"])
 def _swiglu_kernel(
-    x_desc,
-    w_desc,
-    out_desc,
-    M,
-    width,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    x_desc, w_desc, out_desc,
+    M, width, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     # map program
     num_tiles_m = tl.cdiv(M, BLOCK_M)
     num_tiles_n = tl.cdiv(width, BLOCK_N)
@@ -73,17 +66,11 @@ def _swiglu_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _swiglu_skinny_kernel(
-    x_desc,
-    w_desc,
-    out_ptr,
-    M,
-    width,
-    K,
+    x_desc, w_desc, out_ptr,
+    M, width, K,
     out_stride_m,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     # map program
     num_tiles_m = tl.cdiv(M, BLOCK_M)
     num_tiles_n = tl.cdiv(width, BLOCK_N)
@@ -168,32 +155,18 @@ def gemm_swiglu(x, w, *, out=None, num_sms, deterministic=False, tile=None):
     grid = (min(num_sms * tile.programs_per_sm, num_tiles),)
     if isinstance(tile, SkinnyTile):
         _swiglu_skinny_kernel[grid](
-            descriptor(x, tile.block_m, tile.block_k),
-            descriptor(w, tile.block_n, tile.block_k),
-            out,
-            M,
-            width,
-            K,
+            descriptor(x, tile.block_m, tile.block_k), descriptor(w, tile.block_n, tile.block_k), out,
+            M, width, K,
             out.stride(0),
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-        )
+        )  # fmt: skip
     else:
         _swiglu_kernel[grid](
-            descriptor(x, tile.block_m, tile.block_k),
-            _pair_descriptor(w, tile.block_n, tile.block_k),
+            descriptor(x, tile.block_m, tile.block_k), _pair_descriptor(w, tile.block_n, tile.block_k),
             descriptor(out, tile.block_m, tile.block_n),
-            M,
-            width,
-            K,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            GROUP_M=GROUP_M,
-            num_warps=tile.num_warps,
+            M, width, K,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M, num_warps=tile.num_warps,
             num_stages=tile.max_stages,
-        )
+        )  # fmt: skip
     return out
