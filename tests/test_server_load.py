@@ -75,7 +75,7 @@ def status_of(answer: bytes) -> int:
 def test_a_full_queue_says_so_and_when_to_come_back():
     with running("--max-num-seqs", "1", max_queue=1) as small, httpx.Client(base_url=small.url) as http:
         with ThreadPoolExecutor(2) as pool:
-            options = {"json": {"prompt": [SILENT], "max_tokens": 5}, "timeout": 3.0}
+            options = {"json": {"prompt": [SILENT], "max_tokens": 5}, "timeout": 1.5}
             waiting = [pool.submit(httpx.post, f"{small.url}/v1/completions", **options) for _ in range(2)]
             eventually(lambda: small.gauge("num_requests_waiting") == 1)
             for body in ({}, {"stream": True}, {"n": 2}, {"prompt": ["a", "b"]}):

@@ -1,6 +1,8 @@
 """The HTTP front end: one process for HTTP and text (this package), another for the engine (engine_process.py).
 
 ``frames`` carries messages between the two; ``client`` is the HTTP side's end of it; ``protocol`` says what bodies and
-answers look like; ``generation`` turns token events into text; ``app`` holds the routes, ``guard`` stands before them;
-``telemetry`` counts, ``startup`` reports, ``cli`` puts it all together for serve.py.
+answers look like; ``generation`` turns token events into text, ``replies`` sends it for as long as somebody listens.
+``app`` holds OpenAI's routes, ``tools`` the others and the page (page.html), ``served`` what they share; ``guard``
+stands before them all and ``connection`` below. ``telemetry`` counts, ``startup`` reports, ``cli`` puts it all together
+for serve.py.
 """
