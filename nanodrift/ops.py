@@ -14,6 +14,7 @@ import torch
 
 from nanodrift.kernels import attn_decode as decode_attention
 from nanodrift.kernels import attn_prefill as prefill_attention
+from nanodrift.kernels import filter as filters
 from nanodrift.kernels import gemm as gemms
 from nanodrift.kernels import gemm_skinny as skinny_gemms
 from nanodrift.kernels import rmsnorm as norms
@@ -61,9 +62,7 @@ class LaneResources:
 
 def rmsnorm(x, weight, eps, out, lane):
     """x [T, C], weight [C] -> out [T, C]."""
-    if lane.runs_triton(x):
-        return norms.rmsnorm(x, weight, eps, out=out, num_sms=lane.num_sms)
-    return norms.rmsnorm_reference(x, weight, eps, out=out)
+    return _run(lane, norms.rmsnorm, norms.rmsnorm_reference, x, weight, eps, out=out)
 
 
 def linear_partials(x, w, bias, lane):
@@ -107,56 +106,54 @@ def rope_kv_write(qkv, cos_sin, positions, rows, block_table, k_cache, v_cache, 
     """Rotates q and k of qkv [S, T, (H + 2K) D], writes k and v into their slots -> q [T, H, D]."""
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     out = lane.take("query", (qkv.shape[1], num_heads, head_dim), k_cache)  # [T, H, D]
-    run, options = ropes.rope_kv_write_reference, {}
-    if lane.runs_triton(k_cache):
-        run, options = ropes.rope_kv_write, {"num_sms": lane.num_sms}
-    return run(
+    return _run(
+        lane, ropes.rope_kv_write, ropes.rope_kv_write_reference,
         qkv, cos_sin, positions, rows, block_table, k_cache, v_cache,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, out=out, **options,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, out=out,
     )  # fmt: skip
 
 
 def attn_prefill(q, k_cache, v_cache, block_table, rows, query_starts, context_lens, max_query_len, scale, out, lane):
     """Causal attention of R slices q [T, H, D] over their cached prefixes and themselves -> out [T, H, D]."""
-    run, options = prefill_attention.attn_prefill_reference, {}
-    if lane.runs_triton(q):
-        run, options = prefill_attention.attn_prefill, {"num_sms": lane.num_sms}
-    return run(
+    return _run(
+        lane, prefill_attention.attn_prefill, prefill_attention.attn_prefill_reference,
         q, k_cache, v_cache, block_table, rows, query_starts, context_lens,
-        max_query_len=max_query_len, scale=scale, out=out, **options,
+        max_query_len=max_query_len, scale=scale, out=out,
     )  # fmt: skip
 
 
 def attn_decode(q, k_cache, v_cache, block_table, rows, context_lens, scale, out, lane):
     """Attention of one query for each of B rows, q [B, H, D], over its whole context -> out [B, H, D]."""
-    run, options = decode_attention.attn_decode_reference, {}
-    if lane.runs_triton(q):
-        scratch = lane.scratch.buffers[f"decode {lane.num_sms}"] if lane.scratch else None
-        run, options = decode_attention.attn_decode, {"num_sms": lane.num_sms, "scratch": scratch}
-    return run(q, k_cache, v_cache, block_table, rows, context_lens, scale=scale, out=out, **options)
+    options = {"scale": scale, "out": out}
+    if lane.runs_triton(q) and lane.scratch:
+        options["scratch"] = lane.scratch.buffers[f"decode {lane.num_sms}"]
+    run, reference = decode_attention.attn_decode, decode_attention.attn_decode_reference
+    return _run(lane, run, reference, q, k_cache, v_cache, block_table, rows, context_lens, **options)
 
 
 def sample(logits, rows, positions, temperature, seed, last_token, next_position, lane, out=None):
     """Draws a token from each row of logits [Q, V] into out [Q] and the rows' tables; see kernels/sample.py."""
-    run, options = samplers.sample_reference, {}
-    if lane.runs_triton(logits):
-        run, options = samplers.sample, {"num_sms": lane.num_sms}
-    return run(logits, rows, positions, temperature, seed, last_token, next_position, out=out, **options)
+    tables = (temperature, seed, last_token, next_position)
+    return _run(lane, samplers.sample, samplers.sample_reference, logits, rows, positions, *tables, out=out)
 
 
 def filter_logits(logits, rows, positions, temperature, top_k, top_p, min_p, lane):
-    """In place: -inf outside each row's top-k, top-p and min-p."""
-    if lane.runs_triton(logits):
-        args = (logits, rows, positions, temperature, top_k, top_p, min_p)
-        return samplers.filter_logits(*args, num_sms=lane.num_sms)
-    return samplers.filter_logits_reference(logits, rows, positions, temperature, top_k, top_p, min_p)
+    """In place: -inf outside each row's top-k, top-p and min-p; see kernels/filter.py."""
+    tables = (temperature, top_k, top_p, min_p)
+    return _run(lane, filters.filter_logits, filters.filter_logits_reference, logits, rows, positions, *tables)
 
 
 def ban_tokens(logits, rows, positions, banned, min_position, lane):
     """In place: -inf at each row's banned ids while its next position is below min_position."""
-    if lane.runs_triton(logits):
-        return samplers.ban_tokens(logits, rows, positions, banned, min_position, num_sms=lane.num_sms)
-    return samplers.ban_tokens_reference(logits, rows, positions, banned, min_position)
+    tables = (banned, min_position)
+    return _run(lane, filters.ban_tokens, filters.ban_tokens_reference, logits, rows, positions, *tables)
+
+
+def _run(lane, kernel, reference, x, *args, **options):
+    """The Triton kernel on the lane's SMs where x lies on a GPU, else the reference."""
+    if lane.runs_triton(x):
+        return kernel(x, *args, num_sms=lane.num_sms, **options)
+    return reference(x, *args, **options)
 
 
 def _gemm(x, w, bias, residual, out, lane):

@@ -51,6 +51,7 @@ def launches(num_sms: int, every: bool):
     import torch
 
     from nanodrift.kernels import attn_decode, attn_prefill, gemm, gemm_skinny, rmsnorm, rope, sample, swiglu
+    from nanodrift.kernels import filter as filters
 
     bf16, int32 = torch.bfloat16, torch.int32
 
@@ -96,10 +97,10 @@ def launches(num_sms: int, every: bool):
         sample.sample(logits, rows, rows, table, torch.zeros(4, dtype=torch.int64), rows, rows, num_sms=num_sms)
 
     def filter_case():
-        sample.filter_logits(logits, rows, rows, table, rows, table, table, num_sms=num_sms)
+        filters.filter_logits(logits, rows, rows, table, rows, table, table, num_sms=num_sms)
 
     def ban_case():
-        sample.ban_tokens(logits, rows, rows, ints(4, 16), rows)
+        filters.ban_tokens(logits, rows, rows, ints(4, 16), rows)
 
     cases = [
         ("rmsnorm C=4096", norm_case(4, 4096)),

@@ -1,4 +1,4 @@
-"""rmsnorm.py, rope.py and sample.py: kernels in Triton's interpreter against their references, and the references
+"""rmsnorm.py, rope.py, filter.py and sample.py: kernels in Triton's interpreter against their references, and those
 against independent formulas (transformers' modules, sorting, statistics). ``-m gpu`` repeats the comparison in bf16 at
 Llama-8B sizes. The interpreter's bf16 is wrong, so fp32 and fp16 stand in for it here.
 """
@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nanodrift.kernels import filter as filters
 from nanodrift.kernels import rmsnorm, rope, sample
 
 torch.set_num_threads(1)
@@ -302,8 +303,8 @@ def test_filter_logits(vocab_size, top_k, top_p, min_p):
     rows, temperature = ints([3, -1, 0, 1, 6]), sample_state()[0]
     tables = filter_tables(top_k, top_p, min_p)
     actual, expected = logits.clone(), logits.clone()
-    assert sample.filter_logits(actual, rows, rows, temperature, *tables, num_sms=4) is actual
-    sample.filter_logits_reference(expected, rows, rows, temperature, *tables)
+    assert filters.filter_logits(actual, rows, rows, temperature, *tables, num_sms=4) is actual
+    filters.filter_logits_reference(expected, rows, rows, temperature, *tables)
     assert torch.equal(actual, expected)
     assert torch.equal(actual[1:3], logits[1:3])  # padding, temperature 0
     for b in (0, 3, 4):
@@ -316,14 +317,14 @@ def test_filter_logits_leaves_rows_without_filters_alone():
     logits = randn(4, 100)
     kept = logits.clone()
     for tables in (filter_tables(), filter_tables(top_k=100), filter_tables(top_k=5000)):
-        for function, extra in ((sample.filter_logits, {"num_sms": 4}), (sample.filter_logits_reference, {})):
+        for function, extra in ((filters.filter_logits, {"num_sms": 4}), (filters.filter_logits_reference, {})):
             assert torch.equal(function(kept, ints([1, 2, 3, 6]), None, sample_state()[0], *tables, **extra), logits)
 
 
 def test_filter_logits_keeps_all_equals_of_the_threshold():
     logits = torch.tensor([[3.0, 1.0, 2.0, 2.0, 2.0, 0.0]], device=DEVICE).repeat(3, 1)
     tables = filter_tables(top_k=2)
-    sample.filter_logits(logits, ints([1, 2, 3]), None, sample_state()[0], *tables, num_sms=4)
+    filters.filter_logits(logits, ints([1, 2, 3]), None, sample_state()[0], *tables, num_sms=4)
     assert torch.isfinite(logits).tolist() == [[True, False, True, True, True, False]] * 3
 
 
@@ -335,8 +336,8 @@ def test_filter_logits_on_odd_ranges(scale, shift):
     logits[1, 60:] = shift
     for tables in (filter_tables(top_k=31), filter_tables(top_p=0.7)):
         actual, expected = logits.clone(), logits.clone()
-        sample.filter_logits(actual, ints([1, 2]), None, sample_state()[0], *tables, num_sms=4)
-        sample.filter_logits_reference(expected, ints([1, 2]), None, sample_state()[0], *tables)
+        filters.filter_logits(actual, ints([1, 2]), None, sample_state()[0], *tables, num_sms=4)
+        filters.filter_logits_reference(expected, ints([1, 2]), None, sample_state()[0], *tables)
         assert torch.equal(actual, expected)
 
 
@@ -345,8 +346,8 @@ def test_ban_tokens():
     banned = ints([[3, 49, -1, 50] + [-1] * 12, [7] + [-1] * 15])
     rows, positions, min_position = ints([0, 1, -1, 0, 1]), ints([3, 3, 0, 4, 5]), ints([5, 4])
     actual, expected = logits.clone(), logits.clone()
-    sample.ban_tokens(actual, rows, positions, banned, min_position)
-    sample.ban_tokens_reference(expected, rows, positions, banned, min_position)
+    filters.ban_tokens(actual, rows, positions, banned, min_position)
+    filters.ban_tokens_reference(expected, rows, positions, banned, min_position)
     assert torch.equal(actual, expected)
     assert (actual != logits).nonzero().tolist() == [[0, 3], [0, 49]]  # row 0 before position 5; row 1 is past it
 
@@ -395,9 +396,9 @@ def test_sampling_at_full_vocabulary():
         assert (out.cpu() != expected).sum() <= 1  # the logarithms differ in the last bit: a near-tie may flip
     for setting in ((50, 1.0, 0.0), (0, 0.9, 0.0), (20, 0.8, 0.05)):
         actual, wanted = logits.clone(), logits.cpu()
-        sample.filter_logits(actual, rows, rows, sample_state()[0], *filter_tables(*setting), num_sms=132)
+        filters.filter_logits(actual, rows, rows, sample_state()[0], *filter_tables(*setting), num_sms=132)
         cpu_tables = filter_tables(*setting, device="cpu")
-        sample.filter_logits_reference(wanted, rows.cpu(), None, sample_state("cpu")[0], *cpu_tables)
+        filters.filter_logits_reference(wanted, rows.cpu(), None, sample_state("cpu")[0], *cpu_tables)
         differing = (actual.cpu() != wanted).nonzero().tolist()
         for row, token in differing:  # mass summed in another order moves a boundary, by what fp32 sums can be off
             scaled = logits[row].double().cpu() / sample_state("cpu")[0][row % NUM_ROWS].double()
