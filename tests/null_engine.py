@@ -61,7 +61,7 @@ class NullEngine:
     requests: dict[str, NullRequest] = field(default_factory=dict)
     num_aborted: int = 0
 
-    def new_request(self, prompt_token_ids, params, *, request_id, arrival_s, slo):
+    def new_request(self, prompt_token_ids, params, *, request_id, arrival_s, slo, cache_salt):
         bad = next((token for token in prompt_token_ids if token >= VOCAB_SIZE), None)
         if bad is not None:
             raise ValueError(f"token id {bad} is outside the vocabulary of {VOCAB_SIZE} tokens")

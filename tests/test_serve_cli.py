@@ -94,10 +94,33 @@ def test_embedded_batch_equals_one_by_one(client):
         assert choice.text == alone.choices[0].text
 
 
+def gauge_of(embedded, name):
+    text = httpx.get(f"{embedded.url}/metrics").text
+    return float(re.search(rf"^nanodrift:{name}{{.*}} (\S+)$", text, re.MULTILINE)[1])
+
+
+def test_embedded_shares_prefixes_within_a_salt(client, embedded):
+    prompt = "Once upon a time a fox and an owl went down to the river, and there they met a frog. " * 5
+
+    def ask(salt):
+        body = {"cache_salt": salt} if salt else {}
+        answer = client.completions.create(model=EMBEDDED, prompt=prompt, max_tokens=9, temperature=0, extra_body=body)
+        return answer.choices[0].text, answer.usage.prompt_tokens_details.cached_tokens, answer.usage.prompt_tokens
+
+    answers = [ask(salt) for salt in (None, None, "a", "a", "b")]
+    texts, cached, (num_prompt, *_) = zip(*answers, strict=True)
+    full = (num_prompt - 1) // 64 * 64
+    assert full >= 64 and list(cached) == [0, full, 0, full, 0]
+    assert len(set(texts)) == 1
+    eventually(lambda: gauge_of(embedded, "prefix_cache_hits_total") >= 2 * full)
+    assert gauge_of(embedded, "kv_blocks_leaked") == 0
+    refused = httpx.post(f"{embedded.url}/v1/completions", json={"prompt": "Once", "cache_salt": ""})
+    assert refused.status_code == 400 and "cache_salt" in refused.json()["error"]["message"]
+
+
 def test_embedded_frees_what_a_client_leaves(embedded):
     def gauge(name):
-        text = httpx.get(f"{embedded.url}/metrics").text
-        return float(re.search(rf"^nanodrift:{name}{{.*}} (\S+)$", text, re.MULTILINE)[1])
+        return gauge_of(embedded, name)
 
     for is_stream in (True, False):
         body = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "stream": is_stream}

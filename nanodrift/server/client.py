@@ -142,6 +142,7 @@ class EngineClient:
         *,
         slo: SLO | None = None,
         arrival_s: float | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncIterator[Output]:
         """Tokens as they come, the last Output with a finish_reason. Closing the iterator early frees the request.
 
@@ -156,7 +157,7 @@ class EngineClient:
         if not self._streams:
             self._progress_s = now_s
         stream = self._streams[request_id] = _Stream(arrival_s, slo or SLO(), len(prompt))
-        body = {"id": request_id, "prompt": prompt, "params": params, "arrival_s": arrival_s}
+        body = {"id": request_id, "prompt": prompt, "params": params, "arrival_s": arrival_s, "cache_salt": cache_salt}
         body["slo"] = asdict(slo) if slo is not None else None
         self._send(["add", body])
         if self.telemetry is not None:

@@ -107,6 +107,7 @@ def _handle(link: FrameLink, engine, message: list) -> None:
                 request_id=body["id"],
                 arrival_s=body["arrival_s"],
                 slo=SLO(**body["slo"]) if body["slo"] else None,
+                cache_salt=body["cache_salt"],
             )
             engine.add(request)
         except ValueError as error:

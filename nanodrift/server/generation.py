@@ -166,7 +166,9 @@ class Generation:
                 skip_special_tokens=body.skip_special_tokens is not False,
             )
         wire_params = asdict(params) | {"stop": None}  # stop strings are this side's business
-        outputs = self._client.generate(engine_id, prompt, wire_params, slo=self._slo, arrival_s=self._arrival_s)
+        outputs = self._client.generate(
+            engine_id, prompt, wire_params, slo=self._slo, arrival_s=self._arrival_s, cache_salt=body.cache_salt
+        )
         try:
             async with aclosing(outputs):
                 async for output in outputs:

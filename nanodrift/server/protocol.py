@@ -135,6 +135,7 @@ class GenerationBody(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     slo: SloBody | None = None
+    cache_salt: Annotated[str | None, Field(min_length=1, max_length=256)] = None  # cached prefixes are its own
 
     def check_extra(self) -> None:
         """Refuses known fields that ask for something this server does not do. Raises ApiError."""
