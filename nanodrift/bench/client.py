@@ -28,6 +28,7 @@ from nanodrift.bench.workloads import PromptMaker, Sample
 from nanodrift.config import SLO
 
 REFUSALS = (429, 503)
+PROBE_TOKENS = 64
 HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
 # What a server may not take, from the most to the least that is asked for: the probe finds the first form it accepts.
 FORMS = (
@@ -96,6 +97,7 @@ class Server:
     timeout_s: float = 600.0  # of one request, from when it was due
     ignore_eos: bool = True
     form: dict = field(default_factory=lambda: FORMS[0])
+    tokens_per_word: float = 1.0  # of a prompt sent as text
 
     @property
     def is_chat(self) -> bool:
@@ -120,7 +122,7 @@ class Server:
                 entry = models.json()["data"][0]
                 self.model = self.model or entry["id"]
                 self.max_model_len = entry.get("max_model_len")
-            sample, prompts = Sample((("probe", 8),), 2), PromptMaker(seed=-1)
+            sample, prompts = Sample((("probe", PROBE_TOKENS),), 2), PromptMaker(seed=-1)
             for form in FORMS[1 if self.is_chat else 0 :]:
                 self.form = form
                 reply = http.post(self.endpoint, content=self.body(sample, prompts), headers=HEADERS)
@@ -129,16 +131,26 @@ class Server:
         except httpx.TransportError as error:
             return str(error)
         if reply.status_code == 200:
+            self._learn(reply.text)
             return None
         answer = f"HTTP {reply.status_code}: {reply.text[:300]}"
         if reply.status_code < 500:
             raise ValueError(f"{self.base_url}{self.endpoint} answers {answer}")
         return answer
 
+    def _learn(self, stream: str) -> None:
+        """From the probe's answer: how many tokens a word of our text prompts takes."""
+        times = TokenTimes()
+        for line in stream.splitlines():
+            if line.startswith("data: {"):
+                times.feed(json.loads(line[5:]), 0.0)
+        if self.form["prompt"] == "text" and times.num_prompt_tokens:
+            self.tokens_per_word = times.num_prompt_tokens / PROBE_TOKENS
+
     def body(self, sample: Sample, prompts: PromptMaker) -> bytes:
         """The request as it goes over the wire."""
         is_ids = self.form["prompt"] == "ids" and sample.text is None
-        prompt = prompts.token_ids(sample) if is_ids else prompts.text(sample)
+        prompt = prompts.token_ids(sample) if is_ids else prompts.text(sample, self.tokens_per_word)
         body = {"messages": [{"role": "user", "content": prompt}]} if self.is_chat else {"prompt": prompt}
         body |= {"model": self.model, "max_tokens": sample.num_output_tokens, "temperature": 0.0, "stream": True}
         if self.form["usage"]:

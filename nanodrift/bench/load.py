@@ -55,6 +55,7 @@ def run_workload(
     *,
     burstiness: float = 1.0,
     max_concurrency: int | None = None,
+    prompt_seed: int | str | None = None,
     slo: SLO | None = None,
     num_ids: int = NUM_IDS,
     encode: Callable[[str], list[int]] | None = None,
@@ -64,7 +65,8 @@ def run_workload(
 
     ``target`` is an Engine, a client.Server or a URL. ``rate`` in requests/s; None: the trace's own pace. A trace with
     a rate keeps its rhythm, stretched to that mean; anything else is drawn (gamma; ``burstiness`` 1 = Poisson). One
-    seed gives the same prompts and the same arrivals to every target. ``encode`` turns texts into ids for an Engine.
+    seed gives the same prompts and the same arrivals to every target; another ``prompt_seed`` gives other ids of the
+    same lengths, which a prefix cache that outlived the last run does not know. ``encode`` turns texts into ids.
     Interrupted (Ctrl-C), it returns what it has; requests under way then have the error INTERRUPTED.
     """
     if workload.has_arrivals and not isinstance(rate, Ramp):
@@ -76,7 +78,7 @@ def run_workload(
     if max_concurrency is not None and max_concurrency < 1:
         raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
     is_closed = max_concurrency is not None and rate == math.inf
-    prompts = PromptMaker(seed, num_ids)
+    prompts = PromptMaker(seed if prompt_seed is None else prompt_seed, num_ids)
     if isinstance(target, str):
         from nanodrift.bench.client import Server
 

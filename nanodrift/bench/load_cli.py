@@ -202,8 +202,8 @@ class ServerTarget:
             warmup = workloads.named("random", 1, input_len=32, output_len=4)
             run_workload(self.server, warmup, math.inf, seed=-1 - number)
 
-    def measure(self, workload, rate, seed: int, options: dict, advance) -> list[Record]:
-        return run_workload(self.server, workload, rate, seed, **run_options(options), slo=self.slo, advance=advance)
+    def measure(self, workload, rate, seed: int, options: dict, **more) -> list[Record]:
+        return run_workload(self.server, workload, rate, seed, **run_options(options), slo=self.slo, **more)
 
     def telemetry(self) -> dict:
         return {}
@@ -232,12 +232,10 @@ class EngineTarget:
             "engine": asdict(config),
         }
 
-    def measure(self, workload, rate, seed: int, options: dict, advance) -> list[Record]:
+    def measure(self, workload, rate, seed: int, options: dict, **more) -> list[Record]:
         encode = self.loaded.tokenizer.encode if self.loaded.tokenizer is not None else None
         settings = run_options(options) | {"num_ids": min(options["vocab_size"], self.loaded.model_config.vocab_size)}
-        return run_workload(
-            self.loaded.engine, workload, rate, seed, **settings, slo=self.slo, encode=encode, advance=advance
-        )
+        return run_workload(self.loaded.engine, workload, rate, seed, **settings, slo=self.slo, encode=encode, **more)
 
     def telemetry(self) -> dict:
         return {"stats": self.loaded.engine.stats()}
@@ -311,8 +309,8 @@ def once(target, options: dict, slo: SLO, console: Console) -> dict:
     for note in workload.notes:
         console.print(f"{workload.name}: {note}", highlight=False)
     progress = Progress(console, len(workload.samples), workload.name)
-    records = target.measure(workload, rate_of(options, workload), target.seed, options, progress)
-    result = report.result_of(records, slo, len(workload.samples), options["save_detailed"])
+    records = target.measure(workload, rate_of(options, workload), target.seed, options, advance=progress)
+    result = report.result_of(records, slo, workload, options["save_detailed"])
     result |= {"notes": workload.notes, **target.telemetry()}
     shown = result | {k: options[k] for k in ("max_concurrency",)}
     rate = options["request_rate"] or ("trace" if workload.has_arrivals else "inf")
@@ -330,7 +328,8 @@ def find(target, options: dict, console: Console) -> dict:
         workload = workload_of(options, target.max_model_len, seed, None if options["trace"] else count)
         notes.update(dict.fromkeys(workload.notes))
         progress = Progress(console, len(workload.samples), f"{rate:.3g} requests/s, seed {seed}")
-        records = target.measure(workload, rate, seed, options, progress)
+        fresh = f"{seed}/{rate}"  # a cache that knows the last rate's prompts would flatter this one
+        records = target.measure(workload, rate, seed, options, advance=progress, prompt_seed=fresh)
         if len(records) < len(workload.samples):
             raise KeyboardInterrupt
         return records
@@ -356,4 +355,6 @@ def find(target, options: dict, console: Console) -> dict:
             + (f" (first miss at {miss:.3f})" if miss else " (no miss was found)"),
             highlight=False,
         )
-    return result | {"notes": list(notes), **target.telemetry()}
+    counts = sorted({point["issued"] for point in result["points"]})
+    size = {"requests_per_point": "-".join(map(str, sorted({counts[0], counts[-1]}))), "seeds": len(seeds)}
+    return result | size | {"notes": list(notes), **target.telemetry()}

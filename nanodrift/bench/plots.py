@@ -73,8 +73,11 @@ def caption(results: list[dict]) -> str:
     where = once("gpu") or once("cpu")
     simulated = "SIMULATED. " if any(r.get("simulated") for r in results) else ""
     slos = ", ".join(dict.fromkeys(f"TTFT {r['slo']['ttft_ms']:g} ms, TBT {r['slo']['tbt_ms']:g} ms" for r in results))
-    counts = once("num_prompts") or once("requests_per_point")
-    asked = f"workload {once('workload')}" + (f", {counts} requests a run" if counts else "")
+    asked = f"workload {once('workload')}"
+    if counts := once("num_prompts"):
+        asked += f", {counts} requests a run"
+    elif counts := once("requests_per_point"):
+        asked += f", {counts} requests a point over {once('seeds')} seeds (band: their range)"
     lines = (
         f"{simulated}{once('model_id')} on {where}; {asked}; SLO {slos}",
         (

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nanodrift.bench.goodput import is_saturated
 from nanodrift.bench.load import INTERRUPTED, Record, duration_s
+from nanodrift.bench.workloads import Workload
 from nanodrift.config import SLO
 from nanodrift.metrics import RequestTimes, percentile, summarize
 
@@ -22,15 +23,15 @@ FEW_REQUESTS = 500  # below it, a P99 over requests is one of the four or five s
 MAX_LAG_SHARE = 0.1  # of the TTFT SLO: a sender that is later than this measured itself
 
 
-def result_of(records: Sequence[Record], slo: SLO, num_prompts: int, is_detailed: bool = False) -> dict:
-    """The figures of one run of ``num_prompts`` planned requests. Requests cut off by an interrupt do not count."""
+def result_of(records: Sequence[Record], slo: SLO, workload: Workload, is_detailed: bool = False) -> dict:
+    """The figures of one run of the workload. Requests cut off by an interrupt do not count."""
     counted = [record for record in records if record.error != INTERRUPTED]
     seconds = duration_s(counted)
     gaps = [gap for r in counted if r.is_completed for gap in r.tbt_s]
     ttfts = [r.ttft_s for r in counted if r.is_completed and r.token_s]
     lag_ms = percentile([r.send_lag_s for r in counted], 99) * 1e3 if counted else 0.0
     result = {
-        "num_prompts": num_prompts,
+        "num_prompts": len(workload.samples),
         **summarize(counted, seconds),
         "slo": {"ttft_ms": slo.ttft_ms, "tbt_ms": slo.tbt_ms},
         "p90_ttft_ms": _ms(ttfts, 90),
@@ -46,11 +47,14 @@ def result_of(records: Sequence[Record], slo: SLO, num_prompts: int, is_detailed
         "max_concurrent_requests": _most_at_once(counted),
         "max_output_tokens_per_s": max(Counter(int(s) for r in counted for s in r.token_s).values(), default=0),
         "send_lag_p99_ms": lag_ms,
+        "asked_input_tokens": sum(sample.num_prompt_tokens for sample in workload.samples),
+        "asked_output_tokens": sum(sample.num_output_tokens for sample in workload.samples),
+        "shared_input_tokens": workload.num_shared_tokens,
         "cached_tokens": _sum(r.num_cached_tokens for r in counted),
         "preemptions": _sum(r.num_preemptions for r in counted),
         "tokens_counted_by": sorted({r.counted_by for r in counted}),
         "saturated": is_saturated(counted),
-        "interrupted": len(counted) < num_prompts,
+        "interrupted": len(counted) < len(workload.samples),
         "error_counts": dict(Counter(r.error for r in counted if r.error).most_common(5)),
         "cdf": {
             "percent": CDF_PERCENTS,
@@ -72,6 +76,15 @@ def _warnings(result: dict) -> list[str]:
         warnings.append(f"{result['issued']} requests: a P99 over fewer than {FEW_REQUESTS} is mostly chance")
     if result["interrupted"]:
         warnings.append(f"stopped early: {result['num_prompts'] - result['issued']} requests left out of all figures")
+    elif not result["failed"]:
+        for side, word in (("input", "in"), ("output", "out")):
+            asked, got = result[f"asked_{side}_tokens"], result[f"total_{side}_tokens"]
+            if abs(got - asked) > 0.05 * asked and asked:
+                warnings.append(
+                    f"asked for {asked} tokens {word} and got {got}: the server's doing, not the workload's"
+                )
+    if (result["cached_tokens"] or 0) > result["shared_input_tokens"]:
+        warnings.append("more tokens were cached than this workload shares: the server remembers an earlier run")
     if result["saturated"]:
         warnings.append("over-saturated: queue and TTFT grew all along, so latencies depend on how long the run was")
     if "chunks" in result["tokens_counted_by"]:
@@ -134,7 +147,8 @@ FRAME = (  # (section, rows of (label, key, format))
         ("  of them refused (429, 503)", "shed", "d"), ("  of them timed out", "timeouts", "d"),
         ("Maximum request concurrency", "max_concurrency", "d"), ("Request rate configured (RPS)", "request_rate", "s"),
         ("Benchmark duration (s)", "duration", ".2f"), ("Total input tokens", "total_input_tokens", "d"),
-        ("  of them cached", "cached_tokens", "d"), ("Total generated tokens", "total_output_tokens", "d"),
+        ("  of them cached", "cached_tokens", "d"), ("  shared within the workload", "shared_input_tokens", "d"),
+        ("Total generated tokens", "total_output_tokens", "d"),
         ("Request throughput (req/s)", "request_throughput", ".2f"),
         ("Request goodput (req/s)", "request_goodput", ".2f"),
         ("Output token throughput (tok/s)", "output_throughput", ".2f"),

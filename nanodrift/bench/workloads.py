@@ -63,6 +63,16 @@ class Workload:
     def has_arrivals(self) -> bool:
         return bool(self.samples) and all(sample.arrival_s is not None for sample in self.samples)
 
+    @property
+    def num_shared_tokens(self) -> int:
+        """Prompt tokens that stood in an earlier prompt of this workload: the most a prefix cache can save."""
+        seen: dict[str, int] = {}
+        shared = 0
+        for stream, tokens in (segment for sample in self.samples for segment in sample.segments):
+            shared += min(tokens, seen.get(stream, 0))
+            seen[stream] = max(tokens, seen.get(stream, 0))
+        return shared
+
     def _changed(self, samples, note: str) -> Workload:
         return replace(self, samples=tuple(samples), notes=(*self.notes, note) if note else self.notes)
 
@@ -247,7 +257,7 @@ def named(
 class PromptMaker:
     """Turns samples into token ids, or into text of about as many tokens for servers that take no ids."""
 
-    seed: int = 0
+    seed: int | str = 0
     num_ids: int = NUM_IDS
     _streams: dict[str, list[int]] = field(default_factory=dict)
 
@@ -263,9 +273,12 @@ class PromptMaker:
             return encode(sample.text)
         return [token for stream, count in sample.segments for token in self._stream(stream, count)]
 
-    def text(self, sample: Sample) -> str:
-        """A short word for each id: about one token each, and equal prefixes stay equal."""
-        return sample.text if sample.text is not None else " ".join(f"{i:03x}" for i in self.token_ids(sample))
+    def text(self, sample: Sample, tokens_per_word: float = 1.0) -> str:
+        """A short word for each id, as many as make the tokens; equal prefixes stay equal."""
+        if sample.text is not None:
+            return sample.text
+        words = [(stream, max(1, round(tokens / tokens_per_word))) for stream, tokens in sample.segments]
+        return " ".join(f"{token:03x}" for stream, count in words for token in self._stream(stream, count))
 
     def _stream(self, name: str, count: int) -> list[int]:
         """The first ``count`` ids; drawn anew from the start when more are asked for than before."""
