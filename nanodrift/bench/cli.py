@@ -120,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
 def measure(mode: str, options: dict, console: Console) -> dict:
     """Loads the engine, runs one mode and returns the result; prints tables on the way."""
     names = {field.name for field in fields(EngineConfig)}
-    config = EngineConfig.from_options(**{k: v for k, v in options.items() if k in names})
+    given = {k: v for k, v in options.items() if k in names}
+    config = EngineConfig.from_options(**({"prefix_caching": False} | given))  # every token asked for is computed
     device = resolve_device(config.device)
     with Display(console) as display:
         loaded, ceilings, ceiling_figures = load(options.get("model"), config, device, display)
