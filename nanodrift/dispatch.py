@@ -27,6 +27,7 @@ from nanodrift.plan import Lane, Partition
 
 TOKEN_CHUNKS = (64, 128, 256, 512, 1024, 2048)  # of a fused step, decoding rows not counted
 MIN_PREFILL_SHARE = 0.1  # of the time, when no mode can keep the TBT
+LONE_PIECE_S = 5e-3  # of prefill while nothing decodes: what a first decode step may have to wait for, twice
 HYSTERESIS = 0.05  # a new choice must be better by this
 
 
@@ -44,6 +45,7 @@ class Load:
     tbt_s: float  # the tightest TBT among the running requests
     prompt_tokens: int = 0  # that wait to be computed, of all prompts together
     prompt_start: int = 0  # where the next token chunk begins in its prompt: cached and computed tokens before it
+    is_chunk_open: bool = False  # a chunk is on its way through the layers, and must go on by layers
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,10 @@ class Dispatcher:
     def options(self, load: Load) -> list[Decision]:
         """Every permitted way that keeps the TBT, at most one a mode."""
         makers = {Mode.SPLIT: self._split, Mode.FUSED: self._fused, Mode.EXCLUSIVE: self._exclusive}
-        options = (makers[mode](load) for mode in self.modes)
+        modes = self.modes
+        if load.is_chunk_open:  # modes change at the boundaries of chunks; taking turns can always finish one
+            modes = [mode for mode in modes if mode is not Mode.FUSED] or [Mode.EXCLUSIVE]
+        options = (makers[mode](load) for mode in modes)
         return [option for option in options if option is not None]
 
     def split_at(self, load: Load, partition: Partition) -> Decision:
@@ -183,14 +188,15 @@ class Dispatcher:
         return self._in_turns(load, chunk, min(layers, self.cost.num_layers), is_unmeetable=True)
 
     def _alone(self, load: Load) -> Decision:
-        """One lane has nothing to do: the other gets the chip."""
+        """One lane has nothing to do: the other gets the chip. Prefill goes in short pieces, for a decode may begin."""
         chunk = self._chunk(load, self.max_prefill_tokens)
         decode_s = self.cost.decode_s(load.decode, self.whole_chip.decode_sms) if load.decode.batch else 0.0
-        rate = chunk.num_tokens / self.cost.prefill_s(chunk, self.whole_chip.prefill_sms) if chunk.num_tokens else 0.0
+        layers, rate = self.cost.num_layers, 0.0
+        if chunk.num_tokens:
+            prefill_s = self.cost.prefill_s(chunk, self.whole_chip.prefill_sms)
+            layers, rate = self._layers(LONE_PIECE_S, prefill_s), chunk.num_tokens / prefill_s
         is_late = decode_s > load.tbt_s
-        return Decision(
-            Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, self.cost.num_layers, decode_s, rate, is_late
-        )
+        return Decision(Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, decode_s, rate, is_late)
 
     def _chunk(self, load: Load, most_tokens: int) -> PrefillLoad:
         return PrefillLoad.of_chunk(min(load.prompt_tokens, most_tokens), load.prompt_start)

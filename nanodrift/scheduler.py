@@ -297,7 +297,8 @@ class Scheduler:
                 break
             start = start if num_tokens else request.num_computed_tokens
             num_tokens += request.num_tokens - request.num_computed_tokens
-        self.decision = self.policy.choose(Load(decode, tbt_s, num_tokens, start), self.decision)
+        load = Load(decode, tbt_s, num_tokens, start, is_chunk_open=self._batch is not None)
+        self.decision = self.policy.choose(load, self.decision)
 
     def _form_batch(self, now_s: float, most_tokens: int) -> _PrefillBatch | None:
         """The next token chunk: prompts under way first, then the queue in order, up to ``most_tokens``."""

@@ -1,5 +1,6 @@
 """The dispatcher on the H200 prior: what it promises holds by its own model, and more room never makes it worse."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from nanodrift.config import ModelConfig
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad, h200_prior
-from nanodrift.dispatch import HYSTERESIS, MIN_PREFILL_SHARE, Decision, Dispatcher, Load, Mode
+from nanodrift.dispatch import HYSTERESIS, LONE_PIECE_S, MIN_PREFILL_SHARE, Decision, Dispatcher, Load, Mode
 from nanodrift.plan import Lane, Partition
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +104,9 @@ def test_exclusive_fills_the_gap_with_layers():
 
 def test_an_idle_lane_leaves_the_chip_to_the_other():
     only_prompts = dispatcher().choose(Load(DecodeLoad(), 0.05, 4096))
-    assert (only_prompts.partition, only_prompts.layers, only_prompts.token_chunk) == (WHOLE, 32, 2048)
+    assert (only_prompts.partition, only_prompts.token_chunk) == (WHOLE, 2048)
+    piece_s = COST.prefill_s(PrefillLoad.of_chunk(2048, 0), 132) * only_prompts.layers / 32
+    assert LONE_PIECE_S <= piece_s < 2 * LONE_PIECE_S, "a decode that begins must not wait for a whole prompt"
     only_tokens = dispatcher().choose(load(prompt=0))
     assert only_tokens.partition == WHOLE
     assert only_tokens.step_s == COST.decode_s(DecodeLoad(40, 40 * 1024), 132)
@@ -119,6 +122,16 @@ def test_what_cannot_be_met_is_said_and_prefill_keeps_its_share():
     one_layer = COST.prefill_s(PrefillLoad.of_chunk(2048, 0), 132) / 32
     assert 0 < share <= max(MIN_PREFILL_SHARE, one_layer / (decode_s + one_layer)) + 1e-9
     assert "unmeetable" in decision.describe()
+
+
+@pytest.mark.parametrize("modes", [tuple(Mode), (Mode.FUSED,), (Mode.SPLIT, Mode.FUSED)])
+def test_a_chunk_begun_by_layers_goes_on_by_layers(modes):
+    one = load(tbt_ms=20)
+    assert dispatcher([Mode.FUSED]).choose(one).mode is Mode.FUSED
+    opened = dispatcher(modes).choose(replace(one, is_chunk_open=True))
+    assert opened.mode is not Mode.FUSED
+    assert not opened.is_unmeetable
+    assert opened.step_s <= one.tbt_s
 
 
 def test_a_choice_stays_until_another_is_clearly_better():
