@@ -267,8 +267,9 @@ def test_settings_are_checked_first(arguments, message, capsys):
 
 def test_options_become_the_engines_settings(monkeypatch):
     arguments = "--max-model-len 512 --gpu-memory-utilization 0.5 --deterministic --slo-tbt-ms 20 --dtype float16"
-    config = cli.engine_config(cli.parse(arguments.split()))
+    config = cli.engine_config(cli.parse([*arguments.split(), "--no-prefix-caching"]))
     assert (config.max_model_len, config.memory_fraction, config.deterministic) == (512, 0.5, True)
+    assert not config.prefix_caching
     assert (config.slo.tbt_ms, config.slo.ttft_ms, config.dtype, config.max_num_seqs) == (20, 2000, "float16", 256)
     with pytest.raises(ConfigError, match="load_format"):
         cli.engine_config(cli.parse(["--load-format", "pickle"]))
