@@ -48,8 +48,8 @@ def one_by_one(count, gap_s=0.002):
 class ScriptedServer:
     """Answers POST number n (0 is the client's probe) with ``script(n, body)``: a status, or (delay_s, event) pairs."""
 
-    def __init__(self, script):
-        self.script, self.bodies = script, []
+    def __init__(self, script, lists_models=True):
+        self.script, self.lists_models, self.bodies = script, lists_models, []
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()
@@ -69,6 +69,9 @@ class ScriptedServer:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
                 length = head.partition("content-length: ")[2].partition("\r\n")[0]
                 body = json.loads(await reader.readexactly(int(length))) if length else None
+                if body is None and not self.lists_models:  # and it drops the connection
+                    await self._whole(writer, 500, {})
+                    return writer.close()
                 if body is None:
                     await self._whole(writer, 200, {"data": [{"id": "scripted", "max_model_len": 4096}]})
                     continue
@@ -96,8 +99,8 @@ class ScriptedServer:
 
 
 @contextlib.contextmanager
-def scripted(script):
-    server = ScriptedServer(script)
+def scripted(*arguments):
+    server = ScriptedServer(*arguments)
     try:
         yield server
     finally:
@@ -248,6 +251,13 @@ def test_the_client_asks_for_less_where_a_server_takes_less(accepts, expected):
     assert all(r.is_completed for r in records) and len(server.bodies) == expected + 1 + 2
     assert len(server.bodies[-1]["prompt"].split()) == 64, "the script says 8 tokens, whatever is sent: 8 words a token"
     assert ("ignore_eos" in server.bodies[-1]) == (expected == 1)
+
+
+def test_a_server_that_cannot_list_its_models_is_still_measured():
+    with scripted(lambda n, body: one_by_one(2), False) as server:
+        target = Server(server.url)
+        target.connect(ready_timeout_s=10)
+    assert target.model is None and target.max_model_len is None and len(server.bodies) == 1
 
 
 def test_chat_sends_messages():

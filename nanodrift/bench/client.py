@@ -29,6 +29,7 @@ from nanodrift.config import SLO
 
 REFUSALS = (429, 503)
 PROBE_TOKENS = 64
+KEEP_ALIVE_S = 2.0  # of an idle connection: less than servers grant, or a request may meet one that is just closing
 HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
 # What a server may not take, from the most to the least that is asked for: the probe finds the first form it accepts.
 FORMS = (
@@ -108,7 +109,8 @@ class Server:
         if httpx is None:
             raise ValueError("the load client needs httpx: pip install 'nanodrift[clients]'")
         deadline_s = time.monotonic() + ready_timeout_s
-        with httpx.Client(base_url=self.base_url, headers=self.headers, timeout=60.0) as http:
+        fresh = httpx.Limits(max_keepalive_connections=0)  # some servers drop the connection after an error
+        with httpx.Client(base_url=self.base_url, headers=self.headers, timeout=60.0, limits=fresh) as http:
             while (trouble := self._try_to_connect(http)) is not None:
                 if time.monotonic() >= deadline_s:
                     raise ValueError(f"{self.base_url}{self.endpoint} cannot be used: {trouble}")
@@ -188,7 +190,7 @@ class Server:
         slots = asyncio.Semaphore(max_concurrency if max_concurrency is not None else len(bodies) + 1)
         records: dict[int, Record] = {}
         tasks: list[asyncio.Task] = []
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_S)
         async with httpx.AsyncClient(
             base_url=self.base_url, headers=self.headers, limits=limits, timeout=None, trust_env=False
         ) as http:
