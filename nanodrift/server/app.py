@@ -41,6 +41,7 @@ ERRORS = {
     500: "the engine died, or a bug",
     503: "not ready",
 }
+EITHER_KIND = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -67,6 +68,7 @@ def build_app(served: Served) -> Guard:
             "max_model_len": client.info.get("max_model_len"),
         }
 
+    @app.get("/ping")
     @app.get("/health")
     async def health() -> Response:
         if served.state == "ready":
@@ -90,7 +92,7 @@ def build_app(served: Served) -> Guard:
         served.check_model(name)
         return JSONResponse(card(name))
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=EITHER_KIND)
     async def completions(body: CompletionBody) -> Response:
         arrival_s = time.perf_counter()
         served.check(body)
@@ -99,7 +101,7 @@ def build_app(served: Served) -> Guard:
         limits = [served.max_tokens(prompt, asked[0], DEFAULT_COMPLETION_TOKENS) for prompt in prompts]
         return _reply(served, CompletionShape, body, prompts, limits, arrival_s)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=EITHER_KIND)
     async def chat_completions(body: ChatBody) -> Response:
         arrival_s = time.perf_counter()
         served.check(body)

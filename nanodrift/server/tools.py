@@ -51,10 +51,6 @@ def add_tools(app: FastAPI, served: Served) -> None:
         names = ("bos_token", "eos_token", "pad_token", "chat_template", "vocab_size")
         return JSONResponse({name: getattr(tokenizer, name) for name in names})
 
-    @app.get("/ping")
-    async def ping() -> Response:
-        return Response(status_code=200 if served.state == "ready" else 503)
-
     @app.get("/load")
     async def load() -> Response:
         answer = {"server_load": client.num_in_flight, "engine": client.stats}
