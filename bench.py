@@ -2,7 +2,11 @@
 
 import sys
 
-from nanodrift.bench.cli import main
-
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["explain"]:  # needs no torch, which the others import
+        from nanodrift.bench import explain
+
+        sys.exit(explain.main(sys.argv[2:]))
+    from nanodrift.bench.cli import main
+
     sys.exit(main())

@@ -46,7 +46,7 @@ class EngineConfig:
     prefill_layers: int | None = None  # layers of one prefill launch (one layer chunk); None = all of them
     memory_fraction: float = 0.9  # of the device's memory, for weights, cache and scratch together
     num_kv_blocks: int | None = None  # None = as many as fit
-    prefix_caching: bool = True  # prompts start behind what the cache holds of them
+    prefix_caching: bool | None = None  # prompts start behind what the cache holds of them; None = on a CPU only
     deterministic: bool = False  # tiles and splits fixed: outputs do not depend on the batch
     seed: int = 0
     slo: SLO = SLO()

@@ -20,12 +20,22 @@ from nanodrift.plan import Completion, Lane, Partition, Ticket, Work
 TOKEN_ID = 0
 
 
+@dataclass(frozen=True)
+class Span:
+    """When a piece of work held its SMs."""
+
+    ticket: Ticket
+    started_s: float
+    finished_s: float
+
+
 @dataclass
 class _InFlight:
     ticket: Ticket
     remaining_s: float  # of work alone on its SMs
     prefill_sms: int
     decode_sms: int
+    started_s: float | None = None
 
 
 class SimExecutor:
@@ -48,6 +58,7 @@ class SimExecutor:
         self.max_prefill_tokens = max_prefill_tokens
         self.device_name = f"simulated {cost.profile.name}"
         self.busy_s = {Lane.PREFILL: 0.0, Lane.DECODE: 0.0}  # time each lane had work running
+        self.timeline: list[Span] = []
         self._cost, self._guard = cost, guard or Guard()
         self._num_tickets = 0
         self._queue: list[_InFlight] = []  # in launch order; what runs is decided by _running
@@ -64,6 +75,8 @@ class SimExecutor:
         done: list[Completion] = []
         while self._queue and not done and self.clock.now() < limit_s:
             running = self._running()
+            for entry in running:
+                entry.started_s = self.clock.now() if entry.started_s is None else entry.started_s
             slowdowns = [self._slowdown(entry, running) for entry in running]
             step_s = min(e.remaining_s * s for e, s in zip(running, slowdowns, strict=True))
             step_s = min(step_s, limit_s - self.clock.now())
@@ -75,6 +88,7 @@ class SimExecutor:
             for entry in running:
                 if entry.remaining_s <= 1e-12:  # rounding of the subtraction above
                     self._queue.remove(entry)
+                    self.timeline.append(Span(entry.ticket, entry.started_s, self.clock.now()))
                     tokens = tuple((request_id, TOKEN_ID) for request_id in entry.ticket.work.sampled_ids)
                     done.append(Completion(entry.ticket, self.clock.now(), tokens))
         if not done and until_s is not None:

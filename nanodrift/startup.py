@@ -108,7 +108,7 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
         policy=Turns(
             executor.partitions[0], config.max_prefill_tokens, config.prefill_layers or model_config.num_layers
         ),
-        prefix_caching=config.prefix_caching,
+        prefix_caching=device.type == "cpu" if config.prefix_caching is None else config.prefix_caching,
     )
     engine = Engine(
         scheduler,

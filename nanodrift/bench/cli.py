@@ -90,7 +90,7 @@ def key_value(text: str) -> tuple[str, str]:
 
 def add_engine_option(group, field) -> None:
     flag, kind = f"--{field.name.replace('_', '-')}", str(field.type)
-    if kind == "bool":
+    if kind.startswith("bool"):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"default {field.default}")
     else:
         value = int if kind.startswith("int") else float if kind.startswith("float") else str

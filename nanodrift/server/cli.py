@@ -61,7 +61,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-num-seqs", type=int, metavar="N", help="requests that run at once (256)")
     add("--max-prefill-tokens", type=int, metavar="TOKENS", help="prompt tokens of one launch (2048)")
     add("--memory-fraction", "--gpu-memory-utilization", type=float, metavar="SHARE", help="of the GPU's memory (0.9)")
-    add("--no-prefix-caching", dest="prefix_caching", action="store_false", help="compute every prompt from its start")
+    add(
+        "--prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="prompts start behind what the cache holds of them (on a CPU: yes, on a GPU: no)",
+    )
     add("--deterministic", action="store_true", help="answers do not depend on what else is running")
     add("--seed", type=int, help="of requests that bring none (0)")
     add("--slo-ttft-ms", type=float, metavar="MS", help="time promised to the first token (2000)")
