@@ -128,7 +128,7 @@ def test_every_engine_option_has_a_flag_of_its_type():
     for field in fields(EngineConfig):
         if field.name != "slo":
             flags += [f"--{field.name.replace('_', '-')}"]
-            flags += [] if field.type == "bool" else ["0.5" if field.type == "float" else "7"]
+            flags += [] if field.type.startswith("bool") else ["0.5" if field.type == "float" else "7"]
     given = vars(cli.build_parser().parse_args(["latency", *flags]))
     assert (given["max_num_seqs"], given["memory_fraction"], given["deterministic"]) == (7, 0.5, True)
     assert {f.name for f in fields(EngineConfig)} - {"slo"} <= given.keys()
