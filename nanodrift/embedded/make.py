@@ -14,14 +14,13 @@ It refuses to know the engine: nothing here imports nanodrift, and nanodrift nev
 
 The weights of the package took 175 s on one H200 with 16 CPU cores: 40 s for the corpus (197 million tokens), 135 s for
 8,000 steps of 65,536 tokens; the loss over the last 20 steps was 0.2780 nats a token. The rehearsal took 54 s and 92 s
-on two shared CPU cores.
+on two shared CPU cores. To see what a new model writes: ``LLM("DIR").generate("Once upon a time")``.
 
 What it does well and badly, greedily, after six stories (1,450 tokens): of 60 questions who the latest or the first
 story was about, 59 were answered to the letter; of 30 questions where the first story's hero lived, by name, only 2.
 """
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -31,6 +30,7 @@ import time
 import zlib
 from array import array
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, repeat
 from pathlib import Path
 
 import torch
@@ -65,9 +65,8 @@ GRAMMAR = read_grammar()
 LISTS = {name: [re.sub(r"\s+", " ", part).strip() for part in text.split(",")] for name, text in GRAMMAR.items()}
 PLOTS = {name.removeprefix("plot: "): text for name, text in GRAMMAR.items() if name.startswith("plot: ")}
 HOMES = read_pairs(GRAMMAR["homes"], "=")  # where the hero lives -> how that place is called later
-TALK, RECALL = (read_pairs(GRAMMAR[name], "\n>") for name in ("talk", "recall"))  # what one says -> the answer
-OPENINGS, ODD, FOREIGN = (GRAMMAR[name].split("\n") for name in ("openings", "odd", "foreign"))
-NOISES = ["abcdefghijklmnopqrstuvwxyz", "asdfjkl;?!#%&/()", "0123456789.,", "äöüßéèñçλπжщ漢字🙂🎉🚀"]
+PAIRS = {name: list(read_pairs(GRAMMAR[name], "\n>").items()) for name in ("talk", "recall")}  # what one says, answer
+OPENINGS, ODD, FOREIGN, NOISES = (GRAMMAR[name].split("\n") for name in ("openings", "odd", "foreign", "noises"))
 MACRO = re.compile(r"\b(" + "|".join(sorted(filter(str.isupper, GRAMMAR), key=len, reverse=True)) + r")\b")
 
 
@@ -149,23 +148,21 @@ def story(rng: random.Random, w: dict[str, str], short: bool = False) -> str:
 
 def odd_word(rng: random.Random, placeholder: str) -> str:
     """What stands for a placeholder of the section "odd": X a word, V a verb, N a number, WORDS, MASH, FOREIGN."""
-    if placeholder == "FOREIGN":
-        return rng.choice(FOREIGN)
     if placeholder == "WORDS":
-        count = rng.choice((3, 6, 12, 12, 30, 120))
+        return " ".join(odd_word(rng, "WORD") for _ in range(rng.choice((3, 6, 12, 12, 30, 120))))
+    if placeholder == "WORD":
         pools = [LISTS[name] for name in ("nouns", "verbs", "animals", "things", "fillers")]
-        return " ".join(
-            invented_name(rng).lower() if rng.random() < 0.2 else rng.choice(rng.choice(pools)) for _ in range(count)
-        )
+        return invented_name(rng).lower() if rng.random() < 0.2 else rng.choice(rng.choice(pools))
+    if placeholder == "X" and rng.random() < 0.15:
+        return invented_name(rng)
+    if placeholder == "X":
+        return rng.choice(LISTS["nouns"] if rng.random() < 0.8 else LISTS["animals"] + LISTS["things"])
     if placeholder == "MASH":
         letters = rng.choice(NOISES)
         return "".join(rng.choice(letters) for _ in range(rng.randint(2, 25)))
-    if placeholder == "X":
-        kinds = LISTS["animals"] + LISTS["things"]
-        return (
-            invented_name(rng) if rng.random() < 0.15 else rng.choice(LISTS["nouns"] if rng.random() < 0.8 else kinds)
-        )
-    return rng.choice(LISTS["verbs"]) if placeholder == "V" else str(rng.randint(0, 10 ** rng.randint(1, 5)))
+    if placeholder == "N":
+        return str(rng.randint(0, 10 ** rng.randint(1, 5)))
+    return rng.choice(FOREIGN if placeholder == "FOREIGN" else LISTS["verbs"])
 
 
 def odd_text(rng: random.Random) -> str:
@@ -191,12 +188,8 @@ def topic(rng: random.Random, is_plain: bool) -> tuple[str, dict[str, str]]:
     w = world(rng, is_plain)
     house = re.split(" in | above | by | of ", HOMES[w["P"]])[rng.choice((0, -1))].removeprefix("the ")
     text, given = rng.choice(list(TOPICS.items()))
-    more = {
-        "house": house.replace("foot", "mountain"),
-        "place": w["P"].split()[-1],
-        "whose": "the" if is_plain else "my",
-    }
-    text = tell(rng, text, w | more)
+    whose, place = "the" if is_plain else "my", w["P"].split()[-1]
+    text = tell(rng, text, w | {"house": house.replace("foot", "mountain"), "place": place, "whose": whose})
     return re.sub(r"^a sea\b", "the sea", text), {field: w[field] for field in given.split()}
 
 
@@ -211,7 +204,7 @@ def told_on_request(rng: random.Random, given: dict[str, str], short: bool) -> t
 
 def chat(rng: random.Random) -> list[tuple[str, str]]:
     """A conversation as (role, text): 1 to 10 rounds, any request at any place, and questions about earlier stories."""
-    turns, told, offered, no_story = [], [], None, ("talk", "odd", "recall")
+    turns, told, offered = [], [], None
     if rng.random() < 0.3:
         turns.append(("system", rng.choice([spin(rng, "SYSTEM"), spin(rng, "SYSTEM"), odd_text(rng)])))
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4, 7, 10))):
@@ -219,27 +212,24 @@ def chat(rng: random.Random) -> list[tuple[str, str]]:
         weights |= {"again": 2, "recall": 5} if told else {}
         kind = rng.choices(list(weights), list(weights.values()))[0]
         about, given = offered if kind == "yes" else topic(rng, is_plain=kind != "story")
-        fields, short, has_story = {"topic": about.replace("my ", "your ")}, kind == "short", kind not in no_story
-        answer = {"again": "HERE_AGAIN", "short": "HERE_SHORT"}.get(kind, "HERE_IS")
-        if kind == "talk":
-            said, answer = rng.choice(list(TALK.items()))
-        elif kind == "odd":
+        fields, has_story = {"about": about, "topic": about.replace("my ", "your ")}, kind not in (*PAIRS, "odd")
+        if kind == "story":
+            kind = "about" if rng.random() < 0.8 else "any"
+        said, answer = f"ASK_{kind.upper()}", f"HERE_{kind.upper()}"
+        if kind == "odd":
             said, answer = odd_text(rng), "SORRY"
-        elif kind == "recall":
-            said, answer = rng.choice(list(RECALL.items()))
+        elif kind in PAIRS:
+            said, answer = rng.choice(PAIRS[kind])
+        elif kind == "unknown":
+            fields["what"] = rng.choice(LISTS["abstract"])
+        else:
+            said = spin(rng, said)
+        if kind == "recall":
             fields = told[-1] if "{" not in said or rng.random() < 0.4 else rng.choice(told)  # "it" is the last story
             fields = told[0] if "first" in said else fields
-        elif kind == "unknown":
-            what = rng.choice(LISTS["abstract"])
-            said, answer = f"ASK about {what}", f"I do not know a story about {what}, but I know one about {{topic}}."
-        elif kind == "story" and rng.random() < 0.8:
-            said = spin(rng, "ASK_ABOUT") + " " + about
-            short = " short " in said and "plot" not in given
-        else:
-            said = {"again": "AGAIN", "short": "SHORTER", "yes": "YES"}.get(kind, "ASK_ANY")
-            about, given = (about, given) if kind == "yes" else ("", {})
-            said, answer = spin(rng, said), answer if about or kind != "story" else "HERE_ANY"
-            short = short or " short " in said
+        elif kind in ("any", "again", "short"):
+            about, given = "", {}
+        short = kind == "short" or (" short " in said and "plot" not in given)
         answer = tell(rng, answer, fields)
         offered = (about, given) if not has_story and kind != "recall" and about in answer else None
         if has_story:
@@ -267,7 +257,7 @@ def document(rng: random.Random) -> list[tuple[str, bool]]:
     cut = rng.randrange(len(text)) if rng.random() < 0.25 else 0
     lead = ""
     if rng.random() < 0.15:  # whatever begins like no story: leave it, then tell one
-        lead = odd_text(rng) if rng.random() < 0.7 else spin(rng, rng.choice(list(TALK)))
+        lead = odd_text(rng) if rng.random() < 0.7 else spin(rng, rng.choice(PAIRS["talk"])[0])
         lead = lead[: rng.randint(1, len(lead))] if rng.random() < 0.5 else lead
         text, cut = spin(rng, "LEAVE") + "\n\n" + text, 0
     bos = bos if rng.random() < 0.9 else ""
@@ -283,11 +273,9 @@ def make_tokenizer(seed: int, num_documents: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet, size = sorted(pre_tokenizers.ByteLevel.alphabet()), CONFIG["vocab_size"]
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"],
-        special_tokens=SPECIALS,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=size, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
     texts = (text for _ in range(num_documents) for text, _ in document(rng) if text not in SPECIALS)
     tokenizer.train_from_iterator(texts, trainer)
@@ -296,42 +284,38 @@ def make_tokenizer(seed: int, num_documents: int) -> Tokenizer:
     return tokenizer
 
 
-def make_rows(serialized: str, num_rows: int, seed: int) -> tuple[bytes, bytes]:
-    """``num_rows`` rows of CONTEXT + 1 int16 tokens, and as many targets with -1 where nothing is learned.
+def make_rows(serialized: str, num_rows: int, seed: int) -> bytes:
+    """``num_rows`` rows of CONTEXT + 1 pairs of int16: a token, and what is learned there: the same, or -1 for nothing.
 
     A row holds whole documents one after the other (padding at its end), so position 2,047 is trained as position 0 is.
     """
     tokenizer, rng = Tokenizer.from_str(serialized), random.Random(seed)
-    tokens, targets, row, target = array("h"), array("h"), [], []
-    while len(tokens) < num_rows * (CONTEXT + 1):
-        pieces = document(rng)
-        encodings = tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
-        ids, learned = [], []
-        for (_, learn), encoding in zip(pieces, encodings, strict=True):
-            ids += encoding.ids
-            learned += encoding.ids if learn else [-1] * len(encoding.ids)
-        ids, learned = ids[: CONTEXT + 1], learned[: CONTEXT + 1]
-        if len(row) + len(ids) > CONTEXT + 1:
-            padding = CONTEXT + 1 - len(row)
-            tokens.extend(row + [PAD] * padding)
-            targets.extend(target + [-1] * padding)
-            row, target = [], []
-        row, target = row + ids, target + learned
-    return tokens.tobytes(), targets.tobytes()
+    rows, row = [], []
+    while len(rows) < num_rows:
+        texts, learned = zip(*document(rng), strict=True)
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+        new = [(i, i if learn else -1) for learn, part in zip(learned, encodings, strict=True) for i in part.ids]
+        if len(row) + len(new[: CONTEXT + 1]) > CONTEXT + 1:
+            rows.append(row + [(PAD, -1)] * (CONTEXT + 1 - len(row)))
+            row = []
+        row += new[: CONTEXT + 1]
+    return array("h", chain.from_iterable(chain.from_iterable(rows))).tobytes()
 
 
 def make_corpus(tokenizer: Tokenizer, num_rows: int, seed: int, console: Console) -> tuple[torch.Tensor, torch.Tensor]:
     """All rows, made by every core: tokens and targets, both int16 [num_rows, CONTEXT + 1]."""
     seeds = range(seed * 1_000_003 + 1, seed * 1_000_003 + 1 + math.ceil(num_rows / 16))
-    work = functools.partial(make_rows, tokenizer.to_str(), 16)
     with ProcessPoolExecutor() as pool:
-        chunks = list(track(pool.map(work, seeds), "writing stories", len(seeds), console=console))
-    both = (torch.frombuffer(bytearray(b"".join(part)), dtype=torch.int16) for part in zip(*chunks, strict=True))
-    tokens, targets = (part.view(-1, CONTEXT + 1)[:num_rows] for part in both)
-    return tokens, targets
+        chunks = pool.map(make_rows, repeat(tokenizer.to_str()), repeat(16), seeds)
+        data = bytearray().join(track(chunks, "writing stories", len(seeds), console=console))
+    return torch.frombuffer(data, dtype=torch.int16).view(-1, CONTEXT + 1, 2)[:num_rows].unbind(-1)
 
 
 # ---- the model: parameters are named as in the hub's Llama files
+
+
+def linears(**widths: tuple[int, int]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(*width, bias=False) for name, width in widths.items()})
 
 
 class Block(nn.Module):
@@ -339,14 +323,12 @@ class Block(nn.Module):
         super().__init__()
         size, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        widths = {"q_proj": (size, heads * dim), "k_proj": (size, kv_heads * dim), "v_proj": (size, kv_heads * dim)}
-        widths |= {"o_proj": (heads * dim, size)}
+        qkv = {"q_proj": (size, heads * dim), "k_proj": (size, kv_heads * dim), "v_proj": (size, kv_heads * dim)}
         self.head_dim, self.groups = dim, heads // kv_heads
         self.input_layernorm = nn.RMSNorm(size, config["rms_norm_eps"])
-        self.self_attn = nn.ModuleDict({name: nn.Linear(*width, bias=False) for name, width in widths.items()})
+        self.self_attn = linears(**qkv, o_proj=(heads * dim, size))
         self.post_attention_layernorm = nn.RMSNorm(size, config["rms_norm_eps"])
-        widths = {"gate_proj": (size, inner), "up_proj": (size, inner), "down_proj": (inner, size)}
-        self.mlp = nn.ModuleDict({name: nn.Linear(*width, bias=False) for name, width in widths.items()})
+        self.mlp = linears(gate_proj=(size, inner), up_proj=(size, inner), down_proj=(inner, size))
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         attn, mlp = self.self_attn, self.mlp
@@ -396,12 +378,12 @@ def train(model: Llama, rows: tuple, args: argparse.Namespace, console: Console)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=cuda)
     warmup = max(1, min(100, args.steps // 10))
     run = torch.compile(model) if args.compile else model
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)) + 0.005)
+    )
     for step in track(range(args.steps), "training", console=console):
         picked = torch.arange(step * args.batch, (step + 1) * args.batch, device=args.device) % len(tokens)
         x, y = tokens[picked].long(), targets[picked].long()  # [B, T + 1]; rows are drawn alike, so taken in order
-        share = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)) + 0.005)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * share
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
             logits = run(x[:, :-1])  # [B, T, V]
         loss = F.cross_entropy(logits.float().flatten(0, 1), y[:, 1:].flatten(), ignore_index=-1)
@@ -409,24 +391,11 @@ def train(model: Llama, rows: tuple, args: argparse.Namespace, console: Console)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         losses.append(loss.detach())
         if step % max(1, args.steps // 10) == 0:
             console.print(f"step {step}: loss {loss.item():.3f}")
     return [loss.item() for loss in losses]
-
-
-@torch.inference_mode()
-def complete(model: Llama, tokenizer: Tokenizer, prompt: str, temperature: float, max_tokens: int = 320) -> str:
-    """What the model writes after ``prompt`` (special tokens included), without a cache: slow and simple."""
-    tokens = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False).ids], device=model.cos.device)  # [1, T]
-    start = tokens.shape[1]
-    while tokens.shape[1] < min(start + max_tokens, CONTEXT):
-        logits = model(tokens)[0, -1].float()  # [V]
-        token = torch.multinomial((logits / temperature).softmax(-1), 1) if temperature else logits.argmax()[None]
-        if token.item() == END:
-            break
-        tokens = torch.cat((tokens, token[None]), 1)
-    return tokenizer.decode(tokens[0, start:].tolist())
 
 
 def save(out: Path, model: Llama, tokenizer: Tokenizer) -> None:
@@ -440,7 +409,7 @@ def save(out: Path, model: Llama, tokenizer: Tokenizer) -> None:
 
 
 def main(argv: list[str] | None = None) -> list[float]:
-    """Corpus, tokenizer, training, files, samples; the losses."""
+    """Corpus, tokenizer, training, files; the losses."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -463,14 +432,9 @@ def main(argv: list[str] | None = None) -> list[float]:
     losses = train(model, rows, args, console)
     model.model["norm"].weight.data *= CAUTION
     save(args.out, model, tokenizer)
-    train_s, last = time.perf_counter() - begin_s - corpus_s, losses[-20:]
+    train_s, last_loss = time.perf_counter() - begin_s - corpus_s, sum(losses[-20:]) / len(losses[-20:])
     console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {rows[0].numel():,} tokens of corpus")
-    console.print(
-        f"corpus {corpus_s:.0f} s, training {train_s:.0f} s, loss {losses[0]:.3f} -> {sum(last) / len(last):.4f}"
-    )
-    ask = "<|bos|><|user|>{}<|end|><|assistant|>"
-    for prompt in ("<|bos|>Once upon a time", ask.format("Tell me a story about a fox"), ask.format("What is 2 + 2?")):
-        console.print(f"{prompt} ...\n{complete(model, tokenizer, prompt, 1.0)}\n", markup=False, highlight=False)
+    console.print(f"corpus {corpus_s:.0f} s, training {train_s:.0f} s, loss {losses[0]:.3f} -> {last_loss:.4f}")
     return losses
 
 
