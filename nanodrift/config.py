@@ -138,9 +138,8 @@ class ModelConfig:
         Raises ConfigError for a file that cannot be read and for every setting whose mathematics is not implemented.
         """
         folder = Path(folder)
-        generation_path = folder / "generation_config.json"
-        generation = _read_json(generation_path) if generation_path.exists() else {}
-        return cls.from_dict(_read_json(folder / "config.json"), folder / "config.json", generation, max_model_len)
+        generation = read_json(folder / "generation_config.json", is_needed=False)
+        return cls.from_dict(read_json(folder / "config.json"), folder / "config.json", generation, max_model_len)
 
     @classmethod
     def from_dict(
@@ -168,6 +167,8 @@ class ModelConfig:
             )
         if num_heads % num_kv_heads:
             raise ConfigError(f"{path}: {num_heads} attention heads cannot share {num_kv_heads} KV heads evenly.")
+        generation_keys = _Keys(generation or {}, Path(path).with_name("generation_config.json"))
+        eos_token_ids = keys.token_ids("eos_token_id") + generation_keys.token_ids("eos_token_id")
         return cls(
             architecture=architecture,
             hidden_size=hidden_size,
@@ -185,12 +186,7 @@ class ModelConfig:
             has_qk_norm=family == "qwen3",
             dtype=_dtype(keys),
             bos_token_id=next(iter(keys.token_ids("bos_token_id")), None),
-            eos_token_ids=tuple(
-                dict.fromkeys(
-                    keys.token_ids("eos_token_id")
-                    + _Keys(generation or {}, Path(path).with_name("generation_config.json")).token_ids("eos_token_id")
-                )
-            ),
+            eos_token_ids=tuple(dict.fromkeys(eos_token_ids)),  # each once, config.json's first
         )
 
 
@@ -256,7 +252,10 @@ class _Keys:
         return tuple(ids)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path, is_needed: bool = True) -> dict:
+    """The object in a model folder's JSON file; empty for a file that is not there and not needed. Else ConfigError."""
+    if not is_needed and not path.exists():
+        return {}
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -267,7 +266,7 @@ def _read_json(path: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}. Download it again.") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} should hold one JSON object, not a {type(raw).__name__}. Download it again.")
+        raise ConfigError(f"{path} must hold a JSON object, not a {type(raw).__name__}. Download it again.")
     return raw
 
 
@@ -317,19 +316,14 @@ def _rope(keys: _Keys) -> RopeConfig:
     theta = inner.positive("rope_theta", default=keys.positive("rope_theta", default=10000.0))
     if kind == "default":
         return RopeConfig(theta)
+    factor = inner.positive("factor")
     if kind == "linear":
-        return RopeConfig(theta, kind, inner.positive("factor"))
+        return RopeConfig(theta, kind, factor)
     low_freq_factor, high_freq_factor = inner.positive("low_freq_factor"), inner.positive("high_freq_factor")
     if low_freq_factor >= high_freq_factor:
         inner.refuse("high_freq_factor", f"should be above low_freq_factor, {low_freq_factor}")
-    return RopeConfig(
-        theta,
-        kind,
-        inner.positive("factor"),
-        low_freq_factor,
-        high_freq_factor,
-        inner.count("original_max_position_embeddings"),
-    )
+    original_max_position = inner.count("original_max_position_embeddings")
+    return RopeConfig(theta, kind, factor, low_freq_factor, high_freq_factor, original_max_position)
 
 
 def _dtype(keys: _Keys) -> str:

@@ -9,7 +9,8 @@ Text in and out around an Engine that runs in the calling thread; stop strings a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from nanodrift.config import EngineConfig
@@ -84,12 +85,12 @@ class LLM:
         try:
             for one in running:
                 self.engine.add(one.request)
-            with _Progress(len(running), is_shown=progress) as bar:
+            with _progress(len(running), is_shown=progress) as advance:
                 while self.engine.has_work:
                     for event in self.engine.step():
                         one = by_id[event.request_id]
                         self._take(one, event.token_ids)
-                        bar.advance(len(event.token_ids), one.request.is_finished)
+                        advance(len(event.token_ids), one.request.is_finished)
         except BaseException:
             for one in running:
                 self.engine.abort(one.request.request_id)
@@ -127,10 +128,7 @@ class LLM:
         detokenizer = None
         if self.tokenizer is not None:
             detokenizer = Detokenizer(
-                self.tokenizer,
-                params.stop_strings,
-                prompt_token_ids=prompt_token_ids,
-                min_tokens=params.min_tokens,
+                self.tokenizer, params.stop_strings, prompt_token_ids=prompt_token_ids, min_tokens=params.min_tokens
             )
         return _Running(prompt if is_text else None, request, detokenizer)
 
@@ -164,33 +162,26 @@ class LLM:
         return self.tokenizer
 
 
-class _Progress:
+@contextlib.contextmanager
+def _progress(num_requests: int, is_shown: bool) -> Iterator[Callable[[int, bool], None]]:
     """A bar over requests with the output rate beside it; silent unless the terminal can show it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    def __init__(self, num_requests: int, is_shown: bool):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    console, num_output_tokens = Console(stderr=True), 0
+    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    is_silent = not (is_shown and console.is_terminal)
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=is_silent) as bar:
+        task = bar.add_task("requests", total=num_requests, rate="")
 
-        console = Console(stderr=True)
-        columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-        self._bar = Progress(
-            *columns, TimeElapsedColumn(), console=console, disable=not (is_shown and console.is_terminal)
-        )
-        self._task = self._bar.add_task("requests", total=num_requests, rate="")
-        self._num_tokens = 0
+        def advance(num_tokens: int, is_finished: bool) -> None:
+            nonlocal num_output_tokens
+            num_output_tokens += num_tokens
+            elapsed_s = bar.tasks[0].elapsed
+            rate = f"{num_output_tokens / elapsed_s:,.0f} tokens/s" if elapsed_s else ""
+            bar.update(task, advance=int(is_finished), rate=rate)
 
-    def advance(self, num_tokens: int, is_finished: bool) -> None:
-        self._num_tokens += num_tokens
-        elapsed_s = self._bar.tasks[0].elapsed
-        rate = f"{self._num_tokens / elapsed_s:,.0f} tokens/s" if elapsed_s else ""
-        self._bar.update(self._task, advance=int(is_finished), rate=rate)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        self._bar.stop()
+        yield advance
 
 
 def _is_one_prompt(prompts) -> bool:

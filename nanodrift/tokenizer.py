@@ -21,7 +21,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
-from nanodrift.config import ConfigError
+from nanodrift.config import ConfigError, read_json
 
 MAX_CHAT_CHARS = 8 * 1024 * 1024  # of a rendered chat: a template that loops cannot eat the memory
 MAX_TEMPLATE_STEPS = 100_000  # numbers a template may count through
@@ -71,8 +71,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
             raise ConfigError(f"{path} cannot be read as a tokenizer: {error}") from error
-        settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-        return cls(backend, settings, _find_chat_template(folder, settings))
+        names = ("special_tokens_map.json", "tokenizer_config.json")  # the latter wins
+        older, settings = (read_json(folder / name, is_needed=False) for name in names)
+        return cls(backend, older | settings, _find_chat_template(folder, settings))
 
     @property
     def vocab_size(self) -> int:
@@ -227,8 +228,7 @@ class Detokenizer:
             end, start, self.stopped_by = min(ends)
             text, self._held = self._held[: end if self._include_stop else start], ""
             return text
-        num_held = max(_overlap(self._held, stop) for stop in self._stops)
-        cut = len(self._held) - num_held
+        cut = len(self._held) - max(_overlap(self._held, stop) for stop in self._stops)
         text, self._held = self._held[:cut], self._held[cut:]
         return text
 
@@ -244,18 +244,6 @@ def _overlap(text: str, stop: str) -> int:
 def _token_text(value: str | dict | None) -> str | None:
     """Special tokens are written as a string or as an object with a ``content``."""
     return value.get("content") if isinstance(value, dict) else value
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _find_chat_template(folder: Path, settings: dict) -> str | None:

@@ -42,10 +42,13 @@ class Weights:
     final_norm: torch.Tensor  # [C]
     head: torch.Tensor  # [V, C], V rounded up to a multiple of 16 by rows of zeros; a tied embedding lies in it
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them, layer by layer; a tied embedding and its head are both there."""
+        in_layers = [t for layer in self.layers for t in vars(layer).values() if t is not None]
+        return [*in_layers, self.final_norm, self.embedding, self.head]
+
     def bytes(self) -> int:
-        tensors = [self.embedding, self.final_norm, self.head]
-        tensors += [t for layer in self.layers for t in vars(layer).values() if t is not None]
-        storages = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}  # what is tied counts once
+        storages = {t.data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}  # what is tied counts once
         return sum(storages.values())
 
 
@@ -101,11 +104,10 @@ def named_places(weights: Weights, config: ModelConfig) -> dict[str, torch.Tenso
             "mlp.up_proj.weight": layer.gate_up[config.intermediate_size :],
             "mlp.down_proj.weight": layer.down,
         }
-        for name, rows in zip("qkv", layer.qkv.split([q_width, kv_width, kv_width]), strict=True):
-            here[f"self_attn.{name}_proj.weight"] = rows
-        if layer.qkv_bias is not None:
-            for name, rows in zip("qkv", layer.qkv_bias.split([q_width, kv_width, kv_width]), strict=True):
-                here[f"self_attn.{name}_proj.bias"] = rows
+        fused = {"weight": layer.qkv} if layer.qkv_bias is None else {"weight": layer.qkv, "bias": layer.qkv_bias}
+        for kind, matrix in fused.items():
+            for name, rows in zip("qkv", matrix.split([q_width, kv_width, kv_width]), strict=True):
+                here[f"self_attn.{name}_proj.{kind}"] = rows
         if layer.q_norm is not None:
             here["self_attn.q_norm.weight"], here["self_attn.k_norm.weight"] = layer.q_norm, layer.k_norm
         places |= {f"model.layers.{index}.{name}": place for name, place in here.items()}
@@ -113,11 +115,7 @@ def named_places(weights: Weights, config: ModelConfig) -> dict[str, torch.Tenso
 
 
 def load_weights(
-    folder: str | Path,
-    config: ModelConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress | bool = False,
+    folder: str | Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, progress: Progress | bool = False
 ) -> Weights:
     """Reads a folder's safetensors onto the device. ``progress``: True draws a bar, a function is told bytes and total.
 
@@ -154,8 +152,7 @@ def dummy_weights(
     generator = torch.Generator(device).manual_seed(seed)
     head = weights.head[: config.vocab_size]
     if draw == "uniform":
-        tensors = [t for layer in weights.layers for t in vars(layer).values() if t is not None]
-        for tensor in [*tensors, weights.final_norm, weights.embedding, head]:
+        for tensor in (*weights.tensors()[:-1], head):  # what pads the head stays zero
             tensor.uniform_(-1e-3, 1e-3, generator=generator)
         return weights
     if draw != "unit_rms":
@@ -215,16 +212,13 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator:
+def _open(path: Path) -> safe_open:
     try:
-        file = safe_open(path, framework="pt", device="cpu")
+        return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(
             f"{path} cannot be read as safetensors ({error}): cut short or damaged. Download it again."
         ) from None
-    with file as opened:
-        yield opened
 
 
 def _compare(expected: dict[str, torch.Tensor], found: dict, config: ModelConfig, folder: str | Path) -> None:
