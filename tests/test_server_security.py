@@ -135,7 +135,7 @@ def raw(url: str, message: bytes) -> bytes:
     """The status line and whatever else comes for bytes that no client library would send."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):  # it has closed already
             sock.sendall(message)
             sock.shutdown(socket.SHUT_WR)
         answer = b""
