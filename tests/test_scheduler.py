@@ -401,7 +401,7 @@ def test_those_behind_one_who_waits_pass_but_do_not_take_its_place():
     check_outputs(owner, waiter, other)
 
 
-@pytest.mark.parametrize("scarce", [{"num_rows": 2}, {"num_blocks": 16}, {"num_rows": 4, "num_blocks": 19}], ids=str)
+@pytest.mark.parametrize("scarce", [{"num_rows": 2}, {"num_blocks": 16}, {"num_rows": 8, "num_blocks": 24}], ids=str)
 def test_those_behind_do_not_take_the_place_of_one_who_waits(scarce):
     """There is a row or room for the one who waits, and for nobody in addition."""
     engine, machine = make_engine(max_prefill_tokens=1000, num_layers=4, prefill_layers=1, **scarce)
