@@ -35,7 +35,7 @@ def figures():
     print("\n" + json.dumps(taken, indent=1))
     if folder := os.environ.get("NANODRIFT_RESULTS"):
         path = Path(folder) / "server-load.json"
-        about = machine.describe(torch.device("cpu")) | {"argv": ["pytest", "-m", "slow", "tests/test_server_load.py"]}
+        about = machine.describe(torch.device("cpu")) | {"argv": ["pytest", "tests/test_server_load.py"]}
         before = (json.loads(path.read_text()) if path.exists() else {}) | about
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(before | taken, indent=1) + "\n")
