@@ -51,7 +51,7 @@ def slice_of(row, length, params=GREEDY):
 
 
 def blocks_of(row, length):
-    return NewBlocks(row, 0, tuple(range(row * 20, row * 20 + blocks_for(length))))
+    return NewBlocks(row, 0, tuple(range(1 + row * 20, 1 + row * 20 + blocks_for(length))))
 
 
 def chunk(batch_id, rows, length, first, last):
