@@ -97,9 +97,8 @@ def logits(x, w, out, lane):
 def gemm_swiglu(x, w, lane):
     """x [T, C], w [2I, C] (gate rows, then up rows) -> silu(gate) * up [T, I]."""
     out = lane.take("gated", (x.shape[0], w.shape[0] // 2), x)  # [T, I]
-    if lane.runs_triton(x):
-        return swiglus.gemm_swiglu(x, w, out=out, num_sms=lane.num_sms, deterministic=lane.deterministic)
-    return swiglus.gemm_swiglu_reference(x, w, out=out)
+    run, reference = swiglus.gemm_swiglu, swiglus.gemm_swiglu_reference
+    return _run(lane, run, reference, x, w, out=out, deterministic=lane.deterministic)
 
 
 def rope_kv_write(qkv, cos_sin, positions, rows, block_table, k_cache, v_cache, num_heads, q_norm, k_norm, eps, lane):
@@ -157,11 +156,8 @@ def _run(lane, kernel, reference, x, *args, **options):
 
 
 def _gemm(x, w, bias, residual, out, lane):
-    if lane.runs_triton(x):
-        return gemms.gemm(
-            x, w, bias=bias, residual=residual, out=out, num_sms=lane.num_sms, deterministic=lane.deterministic
-        )
-    return gemms.gemm_reference(x, w, bias=bias, residual=residual, out=out)
+    options = {"bias": bias, "residual": residual, "out": out, "deterministic": lane.deterministic}
+    return _run(lane, gemms.gemm, gemms.gemm_reference, x, w, **options)
 
 
 def _skinny_partials(x, w, bias, lane):

@@ -47,9 +47,8 @@ class Tokenizer:
         backend.no_padding()
         settings = settings or {}
         self._backend = backend
-        self.bos_token = _token_text(settings.get("bos_token"))
-        self.eos_token = _token_text(settings.get("eos_token"))
-        self.pad_token = _token_text(settings.get("pad_token"))
+        names = ("bos_token", "eos_token", "pad_token")
+        self.bos_token, self.eos_token, self.pad_token = (_token_text(settings.get(name)) for name in names)
         self.bos_token_id = self.token_id(self.bos_token)
         self.eos_token_id = self.token_id(self.eos_token)
         self._must_add_bos = settings.get("add_bos_token") is True and self.bos_token_id is not None

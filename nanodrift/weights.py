@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,9 +115,9 @@ def named_places(weights: Weights, config: ModelConfig) -> dict[str, torch.Tenso
 
 
 def load_weights(
-    folder: str | Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, progress: Progress | bool = False
+    folder: str | Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
 ) -> Weights:
-    """Reads a folder's safetensors onto the device. ``progress``: True draws a bar, a function is told bytes and total.
+    """Reads a folder's safetensors onto the device. ``progress`` is told bytes read and in all.
 
     Raises ConfigError that names the file (missing, truncated, a pickle) or the tensors (names, shapes) that are wrong;
     names and shapes are compared before anything is allocated or copied.
@@ -130,13 +130,12 @@ def load_weights(
         weights = empty_weights(config, device, dtype)
         places = named_places(weights, config)
         total_bytes, read_bytes = sum(place.nbytes for place in places.values()), 0
-        report = stack.enter_context(_bar(total_bytes)) if progress is True else progress or None
         for name, file in found.items():  # in file order, so that the disk is read front to back
             if name in places:
                 places[name].copy_(file.get_tensor(name))
                 read_bytes += places[name].nbytes
-                if report:
-                    report(read_bytes, total_bytes)
+                if progress:
+                    progress(read_bytes, total_bytes)
     return weights
 
 
@@ -242,13 +241,3 @@ def _compare(expected: dict[str, torch.Tensor], found: dict, config: ModelConfig
 
 def _first_ten(items: list[str]) -> str:
     return ", ".join(items[:10]) + (f", and {len(items) - 10} more" if len(items) > 10 else "")
-
-
-@contextlib.contextmanager
-def _bar(total_bytes: int) -> Iterator[Progress]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("reading weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("weights", total=total_bytes)
-        yield lambda done, _: bar.update(task, completed=done)
