@@ -373,6 +373,21 @@ def test_goodput_on_the_embedded_model(capsys):
     assert result["max_rate_at_99"] == 80 and "goodput at 99%" in err and "no miss was found" in err
 
 
+def test_an_interrupted_search_keeps_its_points(capsys, monkeypatch):
+    rates = []
+
+    def run(target, workload, rate, seed, **options):
+        rates.append(rate)
+        records = [record(i) for i in range(len(workload.samples))]
+        return records if len(rates) < 3 else records[:2]
+
+    monkeypatch.setattr(load_cli, "run_workload", run)
+    options = "--device cpu --max-model-len 256 --num-prompts 6 --input-len 16 --output-len 4 --seeds 1"
+    assert cli.main(["goodput", *options.split()]) == 130
+    result = json.loads(capsys.readouterr().out)
+    assert result["interrupted"] and [point["request_rate"] for point in result["points"]] == [1, 2]
+
+
 def test_a_mistake_is_a_sentence(capsys):
     for mistake in ("run --device cpu --workload longdoc --max-model-len 512", "run --device cpu --trace /no/such/file",
                     "compare /no/a.json /no/b.json", "plot cdf /no/a.json"):  # fmt: skip

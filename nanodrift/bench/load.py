@@ -159,5 +159,6 @@ def _engine_record(request: Request, start_s: float, refusals: dict[str, str]) -
         end_s=max(ends, default=request.arrival_s) - start_s,
         error=error,
         is_refused=refusal is not None,
+        num_cached_tokens=request.num_cached_tokens,
         num_preemptions=request.num_preemptions,
     )

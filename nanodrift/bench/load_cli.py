@@ -307,7 +307,7 @@ class Progress:
 def once(target, options: dict, slo: SLO, console: Console) -> dict:
     workload = workload_of(options, target.max_model_len, target.seed)
     for note in workload.notes:
-        console.print(f"{workload.name}: {note}", highlight=False)
+        console.print(f"{workload.name}: {note}", highlight=False, soft_wrap=True)
     progress = Progress(console, len(workload.samples), workload.name)
     records = target.measure(workload, rate_of(options, workload), target.seed, options, advance=progress)
     result = report.result_of(records, slo, workload, options["save_detailed"])
@@ -341,19 +341,29 @@ def find(target, options: dict, console: Console) -> dict:
             f"({point['slo_attainment_min']:.1%} to {point['slo_attainment_max']:.1%}), P99 TTFT {ttft} ms, "
             f"P99 TBT {tbt} ms{', over-saturated' if point['saturated'] else ''}",
             highlight=False,
+            soft_wrap=True,
         )
 
     start = options["request_rate"] or 1.0
     seeds = range(target.seed, target.seed + options["seeds"])
-    result = search(
-        measure, start, seeds=seeds, tolerance=options["tolerance"], max_points=options["max_points"], on_point=show
-    )
+    points: list[dict] = []
+
+    def on_point(point: dict) -> None:
+        points.append(point)
+        show(point)
+
+    limits = {"tolerance": options["tolerance"], "max_points": options["max_points"]}
+    try:
+        result = search(measure, start, seeds=seeds, **limits, on_point=on_point)
+    except KeyboardInterrupt:
+        return {"points": points, "is_complete": False, "interrupted": True, "notes": list(notes)}
     for percent in (90, 99):
         miss = result[f"first_miss_at_{percent}"]
         console.print(
             f"goodput at {percent}%: [bold]{result[f'max_rate_at_{percent}']:.3f}[/] requests/s"
             + (f" (first miss at {miss:.3f})" if miss else " (no miss was found)"),
             highlight=False,
+            soft_wrap=True,
         )
     counts = sorted({point["issued"] for point in result["points"]})
     size = {"requests_per_point": "-".join(map(str, sorted({counts[0], counts[-1]}))), "seeds": len(seeds)}
