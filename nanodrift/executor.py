@@ -34,10 +34,6 @@ class VirtualClock:
         self.now_s = max(self.now_s, until_s)
 
 
-class ExecutorError(RuntimeError):
-    """The device failed; the engine that uses it cannot go on."""
-
-
 class Executor(Protocol):
     clock: Clock
     partitions: tuple[Partition, ...]  # the first gives every lane the whole device

@@ -13,6 +13,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from nanodrift.config import EngineConfig
 from nanodrift.request import Request, SamplingParams
 from nanodrift.startup import load_engine
@@ -58,7 +61,12 @@ class LLM:
 
     def __init__(self, model: str | None = None, device: str = "auto", load_format: str = "auto", **engine_options):
         config = EngineConfig.from_options(device=device, load_format=load_format, **engine_options)
-        self._loaded = load_engine(model, config)
+        with Console(stderr=True).status("loading") as status:  # drawn on a terminal only
+
+            def report(phase: str, done: float) -> None:
+                status.update(f"loading: {phase} {done:.0%}")
+
+            self._loaded = load_engine(model, config, report)
         self.engine = self._loaded.engine
         self.tokenizer = self._loaded.tokenizer
         self.model_config = self._loaded.model_config
