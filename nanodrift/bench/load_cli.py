@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -153,12 +154,14 @@ def main(mode: str, options: dict, console: Console) -> int:
 
 def put_load(mode: str, options: dict, console: Console) -> dict:
     slo = SLO(options["slo_ttft_ms"], options["slo_tbt_ms"])
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to stop, it writes what it has
     is_server = mode == "serve" or (mode == "goodput" and options["base_url"])
     target = ServerTarget(options, slo) if is_server else EngineTarget(options, slo, console)
     try:
         result = target.about | conditions(mode, options, slo)
         return result | (find(target, options, console) if mode == "goodput" else once(target, options, slo, console))
     finally:
+        signal.signal(signal.SIGTERM, before)
         target.close()
 
 
