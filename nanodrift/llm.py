@@ -173,8 +173,6 @@ class LLM:
 @contextlib.contextmanager
 def _progress(num_requests: int, is_shown: bool) -> Iterator[Callable[[int, bool], None]]:
     """A bar over requests with the output rate beside it; silent unless the terminal can show it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console, num_output_tokens = Console(stderr=True), 0
     columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
