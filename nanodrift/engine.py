@@ -39,6 +39,7 @@ class Engine:
         self.lane_busy_s = dict.fromkeys(Lane, 0.0)  # while the lane had work in flight
         self._lane_free_s = dict.fromkeys(Lane, 0.0)  # when its last work was done
         self._num_requests = 0
+        self._num_arrivals = 0
         self._arrivals: list[tuple[float, int, Request]] = []  # a heap of requests that are still to come
 
     def new_request(
@@ -73,7 +74,8 @@ class Engine:
         self.scheduler.check(request)
         self.num_prompt_tokens += len(request.prompt_token_ids)
         if request.arrival_s > self.executor.clock.now():
-            heapq.heappush(self._arrivals, (request.arrival_s, self._num_requests, request))
+            self._num_arrivals += 1  # of two that are due at once the one that was added first comes first
+            heapq.heappush(self._arrivals, (request.arrival_s, self._num_arrivals, request))
         else:
             self.scheduler.add(request)
 

@@ -259,6 +259,17 @@ def test_future_arrivals_wait_for_their_time():
     assert machine.clock.now() >= 100.0
 
 
+def test_arrivals_due_at_once_keep_their_order():
+    engine, _ = make_engine(num_rows=1)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    requests = [engine.new_request(prompt_of(5, i), params, arrival_s=7.0) for i in range(4)]
+    for request in requests:
+        engine.add(request)
+    run(engine)
+    firsts = [request.first_token_s for request in requests]
+    assert firsts == sorted(firsts) and firsts[0] >= 7.0
+
+
 def test_two_runs_launch_the_same_work():
     def launches():
         engine, machine = make_engine(num_blocks=9, prefill_layers=2, seed=3)
