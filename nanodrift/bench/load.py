@@ -107,8 +107,8 @@ def _run_engine(engine, workload, due_s, prompts, slo, max_concurrency, is_close
         requests.append(engine.new_request(prompts.token_ids(sample, encode), params, slo=slo))
     clock = engine.executor.clock
     start_s = clock.now()
-    for number, request in enumerate(requests):  # a nanosecond apart: in order, also where two are due at once
-        request.arrival_s = start_s + due_s[number] + number * 1e-9
+    for number, request in enumerate(requests):
+        request.arrival_s = start_s + due_s[number]
     refusals: dict[str, str] = {}
     running: dict[str, Request] = {}
     pending, issued = deque(requests), []
