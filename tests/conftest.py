@@ -6,8 +6,12 @@ The variable must be set before any module with ``@triton.jit`` is imported, hen
 import os
 
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)  # the models of the tests are tiny: threads that wait for each other cost more than they bring
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples on every machine
+settings.load_profile("repeatable")
