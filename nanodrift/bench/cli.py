@@ -3,6 +3,7 @@
     python bench.py                      throughput and latency of the embedded model on the device found
     python bench.py throughput           offline: all prompts at once, fixed lengths
     python bench.py latency              prefill by length and decode step by batch, each beside its roofline
+    python bench.py explain | sim        the scheduler on a simulated H200: its decisions; policies side by side
     python bench.py serve | run          a workload or trace on a server, or on the engine in this process
     python bench.py goodput              the highest request rate with the latency promises kept
     python bench.py compare | plot       two runs side by side; figures

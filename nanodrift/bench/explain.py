@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from nanodrift.baselines import make_policy
-from nanodrift.config import SLO, ModelConfig
-from nanodrift.cost import CostModel, Guard, h200_prior
-from nanodrift.dispatch import Decision, Dispatcher, Load, Mode, Policy
-from nanodrift.engine import Engine
+from nanodrift.bench.simulate import simulated_engine, simulated_policy
+from nanodrift.config import SLO
+from nanodrift.cost import h200_prior
+from nanodrift.dispatch import Decision, Load, Mode, Policy
 from nanodrift.executor import Clock
-from nanodrift.plan import FusedWork, Lane, Partition
+from nanodrift.plan import FusedWork, Lane
 from nanodrift.request import Request, SamplingParams
-from nanodrift.scheduler import Scheduler
 from nanodrift.sim import SimExecutor, Span
 
 REQUESTS = (  # name, arrival in ms, prompt tokens, output tokens
@@ -32,17 +29,16 @@ REQUESTS = (  # name, arrival in ms, prompt tokens, output tokens
     ("e", 200, 12000, 10),
     ("f", 320, 300, 30),
 )
-DECODE_SMS = (16, 32, 48, 64, 80)
 GANTT_COLUMNS = 110
 TENS = "0123456789abc"
-MODEL = Path(__file__).parent.parent / "configs" / "llama-3.1-8b"
 
 
 class Narrator:
     """A policy that passes every question on, and prints what is answered when the answer changes."""
 
-    def __init__(self, policy: Policy, dispatcher: Dispatcher, clock: Clock):
-        self.policy, self.dispatcher, self.clock = policy, dispatcher, clock
+    def __init__(self, policy: Policy, modes: tuple[Mode, ...], clock: Clock):
+        self.policy, self.clock = policy, clock
+        self.dispatcher = simulated_policy("mux", modes)  # what each mode would offer, whatever the policy
         self._told: tuple | None = None
 
     def choose(self, load: Load, current: Decision | None = None) -> Decision:
@@ -85,27 +81,7 @@ def reason(load: Load, decision: Decision, offers: dict[Mode, Decision]) -> str:
 
 def simulate(policy_name: str, modes: tuple[Mode, ...], slo: SLO) -> tuple[list[Request], SimExecutor]:
     """Runs the six requests to their end, telling what is decided."""
-    cost, guard = CostModel(ModelConfig.from_folder(MODEL), h200_prior()), Guard()
-    whole = cost.profile.num_sms
-    executor = SimExecutor(
-        cost,
-        partitions=tuple(Partition(whole - n, n) for n in DECODE_SMS),
-        num_blocks=4000,
-        num_rows=16,
-        max_prefill_tokens=2048,
-    )
-    policy = make_policy(policy_name, cost, guard, executor.partitions, max_prefill_tokens=2048, modes=modes)
-    dispatcher = Dispatcher(cost, guard, executor.partitions, max_prefill_tokens=2048, modes=modes)
-    scheduler = Scheduler(
-        num_blocks=executor.num_blocks,
-        num_rows=executor.num_rows,
-        num_layers=executor.num_layers,
-        max_model_len=32768,
-        max_prefill_tokens=2048,
-        policy=Narrator(policy, dispatcher, executor.clock),
-        prefix_caching=False,
-    )
-    engine = Engine(scheduler, executor, vocab_size=2, slo=slo)
+    engine = simulated_engine(policy_name, slo, modes, wrap=lambda policy, clock: Narrator(policy, modes, clock))
     requests = []
     for name, arrival_ms, num_prompt, num_output in REQUESTS:
         params = SamplingParams(max_tokens=num_output, ignore_eos=True)
@@ -113,7 +89,7 @@ def simulate(policy_name: str, modes: tuple[Mode, ...], slo: SLO) -> tuple[list[
         engine.add(requests[-1])
     while engine.has_work:
         engine.step()
-    return requests, executor
+    return requests, engine.executor
 
 
 def gantt(timeline: list[Span]) -> str:
