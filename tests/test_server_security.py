@@ -248,7 +248,7 @@ def test_no_trace_no_path_and_no_prompt_comes_out(monkeypatch, caplog, capfd):
         complete(http, **{CANARY[:5] + "\n2026 ERROR fake\x1b[2J": CANARY})
 
         def broken(stats):
-            raise RuntimeError(f"{CANARY} /root/secret.py")
+            raise RuntimeError(f"{CANARY} /srv/secret.py")
 
         monkeypatch.setattr(server.served.telemetry, "render", broken)
         response = http.get("/metrics")
