@@ -267,6 +267,8 @@ class Scheduler:
     # ---- prefill lane ------------------------------------------------------------------------------------------
 
     def _next_prefill(self, now_s: float) -> PrefillWork | None:
+        if self._batch is None and not self.prefilling and not self.waiting:
+            return None  # most turns: nothing to ask the policy
         batch = [request for request in self.running if self._can_step(request)]
         self._decide(batch)
         if self._batch is None:  # a chunk that was begun by layers is finished by layers

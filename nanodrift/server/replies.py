@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 
 from starlette.responses import JSONResponse, Response
@@ -30,12 +30,11 @@ def error_response(error: ApiError) -> JSONResponse:
 class _Reply(Response):
     """Runs ``_work`` until it is done or the client leaves, whichever is first."""
 
+    _work: Callable[..., Coroutine[None, None, None]]  # (scope, receive, send); each subclass has its own
+
     def __init__(self, on_disconnect: Callable[[], None]):
         super().__init__()
         self._on_disconnect = on_disconnect
-
-    async def _work(self, scope, receive, send) -> None:
-        raise NotImplementedError
 
     async def __call__(self, scope, receive, send) -> None:
         work = asyncio.create_task(self._work(scope, receive, send))
