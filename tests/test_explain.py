@@ -34,6 +34,11 @@ def test_every_policy_answers_every_request(capsys, policy):
         assert line
 
 
+def test_no_request_finds_anothers_prefix():
+    requests, _ = explain.simulate("mux", tuple(Mode), SLO(tbt_ms=12))
+    assert [request.num_cached_tokens for request in requests] == [0] * len(requests)
+
+
 def test_split_runs_both_lanes_at_once_and_keeps_the_promise():
     requests, executor = explain.simulate("mux", (Mode.SPLIT, Mode.EXCLUSIVE), SLO(tbt_ms=12))
     spans = {

@@ -83,9 +83,9 @@ def simulate(policy_name: str, modes: tuple[Mode, ...], slo: SLO) -> tuple[list[
     """Runs the six requests to their end, telling what is decided."""
     engine = simulated_engine(policy_name, slo, modes, wrap=lambda policy, clock: Narrator(policy, modes, clock))
     requests = []
-    for name, arrival_ms, num_prompt, num_output in REQUESTS:
+    for number, (name, arrival_ms, num_prompt, num_output) in enumerate(REQUESTS):
         params = SamplingParams(max_tokens=num_output, ignore_eos=True)
-        requests.append(engine.new_request([1] * num_prompt, params, request_id=name, arrival_s=arrival_ms / 1e3))
+        requests.append(engine.new_request([number] * num_prompt, params, request_id=name, arrival_s=arrival_ms / 1e3))
         engine.add(requests[-1])
     while engine.has_work:
         engine.step()
