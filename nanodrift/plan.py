@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+MAX_OPEN_CHUNKS = 2  # token chunks between their first and last layer: one under way, and one that was made to wait
+MAX_FUSED_TOKENS = 2048  # prompt tokens of a fused step, and ...
+MAX_FUSED_SLICES = 8  # ... the prompts they may come from: what executors have graphs for
+
 
 class Lane(Enum):
     """The two sides of the device. At most a few pieces of work are in flight on each."""
@@ -127,7 +131,11 @@ class DecodeWork:
 
 @dataclass(frozen=True)
 class FusedWork:
-    """A prefill chunk (all layers) and a decode step in one pass over the weights. Occupies both lanes."""
+    """A prefill chunk (all layers) and a decode step in one pass over the weights. Occupies both lanes.
+
+    Its products use the whole device. The partition it is launched with says where its two attentions run: one after
+    the other on the whole chip, or side by side on the two halves.
+    """
 
     prefill: PrefillWork
     decode: DecodeWork
@@ -163,3 +171,4 @@ class Completion:
     ticket: Ticket
     finished_s: float  # on the executor's clock, when the host saw it
     tokens: tuple[tuple[str, int], ...] = ()
+    busy_s: float = 0.0  # the device worked on it, from the moment its SMs were free to its last kernel's end
