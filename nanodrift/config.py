@@ -32,6 +32,9 @@ class SLO:
             raise ConfigError(f"an SLO must be positive milliseconds, got ttft {self.ttft_ms} and tbt {self.tbt_ms}")
 
 
+POLICIES = ("auto", "mux", "turns", "chunked", "chunked-auto", "prefill-first", "static", "overlap")
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How one engine serves one model on one device."""
@@ -46,13 +49,20 @@ class EngineConfig:
     prefill_layers: int | None = None  # layers of one prefill launch (one layer chunk); None = all of them
     memory_fraction: float = 0.9  # of the device's memory, for weights, cache and scratch together
     num_kv_blocks: int | None = None  # None = as many as fit
-    prefix_caching: bool | None = None  # prompts start behind what the cache holds of them; None = on a CPU only
+    prefix_caching: bool = True  # prompts start behind what the cache holds of them
     deterministic: bool = False  # tiles and splits fixed: outputs do not depend on the batch
+    policy: str = "auto"  # POLICIES; auto is mux where the device can be divided, else turns
+    modes: str = "split,fused,exclusive"  # what mux may choose from
+    chunk_tokens: int = 512  # of every step under policy chunked: decoding rows and prompt tokens together
+    decode_sms: int = 32  # of the decode half under policies static and overlap
+    profile: str | None = (
+        None  # measured costs, a file of `bench.py calibrate`; None = the one shipped for GPU and model
+    )
     seed: int = 0
     slo: SLO = SLO()
 
     def __post_init__(self):
-        for name in ("max_num_seqs", "max_prefill_tokens"):
+        for name in ("max_num_seqs", "max_prefill_tokens", "chunk_tokens", "decode_sms"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0.05 <= self.memory_fraction <= 0.99:
@@ -61,6 +71,7 @@ class EngineConfig:
             ("dtype", ("auto", "bfloat16", "float16", "float32")),
             ("load_format", ("auto", "dummy")),
             ("dummy_draw", ("unit_rms", "uniform")),
+            ("policy", POLICIES),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")

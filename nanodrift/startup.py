@@ -13,18 +13,24 @@ from pathlib import Path
 import torch
 
 from nanodrift import hub
+from nanodrift.baselines import make_policy
 from nanodrift.config import BLOCK_SIZE, ConfigError, EngineConfig, ModelConfig
+from nanodrift.cost import CostModel, Guard, h200_prior
 from nanodrift.cpu import CpuExecutor
-from nanodrift.dispatch import Turns
+from nanodrift.dispatch import Mode, Policy, Turns
 from nanodrift.engine import Engine
+from nanodrift.executor import Executor
 from nanodrift.gpu import GpuExecutor
 from nanodrift.kvcache import blocks_for
 from nanodrift.model import Model
+from nanodrift.partition import DECODE_SMS
 from nanodrift.scheduler import Scheduler
 from nanodrift.tokenizer import MissingTokenizer, Tokenizer
 from nanodrift.weights import dummy_weights, load_weights, resolve_dtype
 
 CPU_KV_BYTES = 1 << 30  # what the cache takes on a CPU unless num_kv_blocks says otherwise
+
+UNDIVIDED_POLICIES = ("turns", "chunked", "prefill-first")  # what a device without partitions can serve by
 
 Report = Callable[[str, float], None]  # phase, share done
 
@@ -42,6 +48,8 @@ class LoadedEngine:
     weights_bytes: int
     max_model_len: int
     num_kv_tokens: int
+    cost: CostModel  # what the policy predicts with; on a CPU it describes no device that is there
+    guard: Guard
     phases_s: dict[str, float] = field(default_factory=dict)
 
 
@@ -92,6 +100,7 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
             decoder,
             memory_fraction=config.memory_fraction,
             num_blocks=config.num_kv_blocks,
+            decode_sms=() if config.policy in UNDIVIDED_POLICIES else tuple({*DECODE_SMS, config.decode_sms}),
             report=report,
             **common,
         )
@@ -99,16 +108,15 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
         executor = CpuExecutor(decoder, num_blocks=_cpu_blocks(config, model_config, dtype, max_model_len), **common)
     finish_phase("executor")
 
+    cost, guard = CostModel(model_config, h200_prior(), dtype.itemsize), Guard()
     scheduler = Scheduler(
         num_blocks=executor.num_blocks,
         num_rows=executor.num_rows,
         num_layers=executor.num_layers,
         max_model_len=max_model_len,
         max_prefill_tokens=config.max_prefill_tokens,
-        policy=Turns(
-            executor.partitions[0], config.max_prefill_tokens, config.prefill_layers or model_config.num_layers
-        ),
-        prefix_caching=device.type == "cpu" if config.prefix_caching is None else config.prefix_caching,
+        policy=choose_policy(config, executor, cost, guard),
+        prefix_caching=config.prefix_caching,
     )
     engine = Engine(
         scheduler,
@@ -128,8 +136,33 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
         weights_bytes=weights.bytes(),
         max_model_len=max_model_len,
         num_kv_tokens=executor.num_blocks * BLOCK_SIZE,
+        cost=cost,
+        guard=guard,
         phases_s=phases_s,
     )
+
+
+def choose_policy(config: EngineConfig, executor: Executor, cost: CostModel, guard: Guard) -> Policy:
+    """The policy that the config names, for the partitions that there are. Raises ConfigError if it cannot run here."""
+    is_divided = len(executor.partitions) > 1
+    name = config.policy if config.policy != "auto" else "mux" if is_divided else "turns"
+    if name == "turns":
+        layers = config.prefill_layers or executor.num_layers
+        return Turns(executor.partitions[0], config.max_prefill_tokens, layers)
+    if not is_divided and name not in UNDIVIDED_POLICIES:
+        raise ConfigError(
+            f"policy {name!r} divides the SMs of a GPU, which {executor.device_name} cannot; use one of "
+            f"{', '.join(UNDIVIDED_POLICIES)}"
+        )
+    try:
+        return make_policy(
+            name, cost, guard, executor.partitions,
+            max_prefill_tokens=config.max_prefill_tokens,
+            modes=tuple(Mode(mode) for mode in config.modes.split(",")),
+            budget_tokens=config.chunk_tokens, decode_sms=config.decode_sms,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def resolve_device(option: str) -> torch.device:
