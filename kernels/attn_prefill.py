@@ -136,7 +136,10 @@ def _attn_prefill_kernel(
 
     step = tl.program_id(0)
     while step < num_tiles:
-        next_step = tl.num_programs(0) + tl.atomic_add(tiles_taken, 1, sem="relaxed")
+        taken = tl.atomic_add(tiles_taken, 1, sem="relaxed")
+        if taken == num_tiles - 1:  # one draw a tile, so this was the launch's last: ready for the next launch
+            tl.store(tiles_taken, 0)
+        next_step = tl.num_programs(0) + taken
 
         # Map: request r owns the tile numbers from query_starts[r] // TILE_QUERIES + r on, which is never too few.
         kv_head = step % KV_HEADS
@@ -197,15 +200,17 @@ def _attn_prefill_kernel(
 
 def attn_prefill(
     q, k_cache, v_cache, block_table, rows, query_starts, context_lens,
-    *, max_query_len, scale, out=None, num_sms,
+    *, max_query_len, scale, out=None, counter=None, num_sms,
 ):  # fmt: skip
     """Causal attention of each request's new tokens over its cached prefix and themselves.
 
     q [T, H, D]; k_cache and v_cache [N, K, 64, D]; block_table [num_rows, max_blocks], rows [R], query_starts [R + 1]
     (cumulative, query_starts[R] <= T) and context_lens [R] (cached plus new tokens) int32. Query j of request r stands
     at position context_lens[r] - num_queries[r] + j. Where rows[r] is -1 nothing is written. Writes and returns out
-    [T, H, D]. The launch depends on shapes and num_sms only, so it can be captured in a CUDA graph; max_query_len, an
-    upper bound of the query counts, is there for callers that share one signature: tiles are counted from T and R.
+    [T, H, D]. counter: one int32, 0, which every launch leaves at 0 again; launches that may run at the same time must
+    not share it; allocated and cleared here when None. The launch depends on shapes and num_sms only, so it can be
+    captured in a CUDA graph; max_query_len, an upper bound of the query counts, is there for callers that share one
+    signature: tiles are counted from T and R.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -226,9 +231,10 @@ def attn_prefill(
     else:  # no bulk copies before Hopper, and fewer registers to spare beside mma.sync operands
         block_m, num_stages = 32, 3
     num_tiles = (num_tokens // (block_m // group) + num_requests) * num_kv_heads
-    tiles_taken = torch.zeros(1, dtype=torch.int32, device=q.device)
+    if counter is None:
+        counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     _attn_prefill_kernel[(min(num_sms * PROGRAMS_PER_SM, num_tiles),)](
-        q, k_cache, v_cache, block_table, rows, query_starts, context_lens, out, tiles_taken,
+        q, k_cache, v_cache, block_table, rows, query_starts, context_lens, out, counter,
         num_requests, num_tiles, block_table.stride(0), scale * LOG2_E,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK=BLOCK_SIZE,
         BLOCK_M=block_m, SEARCH=256, BULK=bulk, num_warps=4, num_stages=num_stages,

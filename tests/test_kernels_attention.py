@@ -155,6 +155,16 @@ def test_prefill_finds_requests_beyond_the_first_search_window():
     assert relative(result, prefill.attn_prefill_reference(*args, **options)) < 1e-5
 
 
+@pytest.mark.parametrize("num_sms", [1, 3, 200])
+def test_prefill_counter_serves_launch_after_launch(num_sms):
+    torch.manual_seed(5)
+    args, options = prefill_case([70, 5], [0, 90], 4, 2, 64, torch.float32)
+    expected, counter = prefill.attn_prefill_reference(*args, **options), torch.zeros(1, dtype=torch.int32)
+    for _ in range(2):
+        assert relative(prefill.attn_prefill(*args, **options, counter=counter, num_sms=num_sms), expected) < 1e-5
+        assert counter.item() == 0
+
+
 # --- decode kernel ---
 
 
