@@ -90,7 +90,7 @@ class SimExecutor:
                     self._queue.remove(entry)
                     self.timeline.append(Span(entry.ticket, entry.started_s, self.clock.now()))
                     tokens = tuple((request_id, TOKEN_ID) for request_id in entry.ticket.work.sampled_ids)
-                    done.append(Completion(entry.ticket, self.clock.now(), tokens))
+                    done.append(Completion(entry.ticket, self.clock.now(), tokens, self.clock.now() - entry.started_s))
         if not done and until_s is not None:
             self.clock.advance_to(until_s)
         return done
