@@ -13,6 +13,7 @@ from nanodrift.executor import Executor
 from nanodrift.plan import Lane
 from nanodrift.request import Request, SamplingParams
 from nanodrift.scheduler import Scheduler, TokenEvent
+from nanodrift.telemetry import Telemetry
 
 LANES = (Lane.DECODE, Lane.PREFILL)  # the decode step is launched first: it is short, and others wait for it
 
@@ -36,8 +37,7 @@ class Engine:
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
         self.num_finished = {"stop": 0, "length": 0, "abort": 0}
-        self.lane_busy_s = dict.fromkeys(Lane, 0.0)  # while the lane had work in flight
-        self._lane_free_s = dict.fromkeys(Lane, 0.0)  # when its last work was done
+        self.telemetry = Telemetry(scheduler.requests, executor.partitions)
         self._num_requests = 0
         self._num_arrivals = 0
         self._arrivals: list[tuple[float, int, Request]] = []  # a heap of requests that are still to come
@@ -98,22 +98,21 @@ class Engine:
             has_launched = False
             for lane in LANES:
                 if (found := self.scheduler.next_work(lane, now_s)) is not None:
-                    self.scheduler.on_launch(self.executor.launch(*found))
+                    ticket = self.executor.launch(*found)
+                    self.scheduler.on_launch(ticket)
+                    self.telemetry.on_launch(ticket, self.scheduler.decision)
                     has_launched = True
         if self._arrivals:
             until_s = min(self._arrivals[0][0], until_s if until_s is not None else float("inf"))
         events = []
         for completion in self.executor.wait(until_s):
             events += self.scheduler.on_complete(completion)
-            for lane in completion.ticket.work.lanes:
-                since_s = max(completion.ticket.launched_s, self._lane_free_s[lane])
-                self.lane_busy_s[lane] += max(0.0, completion.finished_s - since_s)
-                self._lane_free_s[lane] = max(completion.finished_s, self._lane_free_s[lane])
+            self.telemetry.on_complete(completion)
         self._count(events)
         return events
 
-    def stats(self) -> dict[str, int | float]:
-        """Counts for people and dashboards."""
+    def stats(self) -> dict:
+        """Counts for people and dashboards; telemetry.py explains those of what ran."""
         scheduler, pool = self.scheduler, self.scheduler.pool
         return {
             "num_requests_running": len(scheduler.running) + len(scheduler.prefilling),
@@ -128,7 +127,7 @@ class Engine:
             "num_preemptions_total": scheduler.num_preemptions,
             "prompt_tokens_total": self.num_prompt_tokens,
             "generation_tokens_total": self.num_output_tokens,
-            **{f"{lane.value}_busy_seconds_total": busy_s for lane, busy_s in self.lane_busy_s.items()},
+            **self.telemetry.stats(),
             **{f"num_finished_{reason}_total": count for reason, count in self.num_finished.items()},
         }
 

@@ -26,7 +26,7 @@ VOCABULARY = {"config", "plan", "request"}
 SERVICES = VOCABULARY | {"kvcache", "cost", "metrics", "executor"}
 POLICY = SERVICES | {"dispatch"}
 MODEL = {"kernels", "ops", "model", "weights", "batch", "runner"}
-ENGINE = POLICY | {"scheduler", "baselines", "engine"}
+ENGINE = POLICY | {"scheduler", "baselines", "telemetry", "engine"}
 EVERY_PART = ENGINE | MODEL | {"partition", "cpu", "gpu", "sim", "hub", "tokenizer"}
 
 MAY_IMPORT = {  # module: modules of nanodrift that it may import
@@ -40,7 +40,8 @@ MAY_IMPORT = {  # module: modules of nanodrift that it may import
     "dispatch": SERVICES,
     "scheduler": POLICY,
     "baselines": POLICY | {"scheduler"},
-    "engine": POLICY | {"scheduler", "baselines"},
+    "telemetry": VOCABULARY | {"dispatch"},
+    "engine": POLICY | {"scheduler", "baselines", "telemetry"},
     "ops": {"kernels", "config"},
     "weights": {"config"},
     "batch": VOCABULARY,
@@ -72,6 +73,7 @@ PURE = {
     "dispatch",
     "scheduler",
     "baselines",
+    "telemetry",
     "sim",
 }
 CLOCKS = {"time", "datetime", "random", "secrets"}

@@ -1,0 +1,200 @@
+"""What a run did, from its launches and completions alone: reads no clock, knows no tensors, no text, no HTTP.
+
+The engine feeds it and hands its ``stats()`` out with its own; /metrics, the page, the dashboard and the tables of
+bench.py read these names, and this is where they are explained:
+
+=================================  =================================================================================
+mode                               of the newest launch: split, fused or exclusive; "" before the first
+prefill_sms, decode_sms            SMs of each lane in the newest launch; both have them all when they take turns
+num_sms                            SMs of the device: 1 on a CPU
+has_partitions                     whether the device can be divided at all
+decode_batch, chunk_tokens         rows of the newest decode step, prompt tokens of the newest token chunk
+tbt_predicted_seconds              the guard's promise for the gap between tokens in force; 0 where nothing is predicted
+repartitions_total                 changes of mode or partition between one launch and the next
+unmeetable_steps_total             decode steps launched although no mode could keep the TBT
+prefill_busy_seconds_total         time the lane had work on its SMs; the same for decode_
+prefill_bubble_seconds_total       time the lane had work it could run, the SMs to run it on, and ran nothing;
+                                   its share of busy + bubble is the bubble ratio; the same for decode_
+merges_total                       requests that went from the prefill lane to the decode batch
+merge_gap_seconds_total, _max      their first gap: from the first token to the second
+residency                          [mode, prefill SMs, decode SMs, seconds the device worked so], longest first
+=================================  =================================================================================
+
+A lane *had work it could run* if its next piece goes on with a chunk, a prompt or a request of its last one, or a
+prompt that had arrived by then. It had no SMs while the other lane had the whole chip.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanodrift.dispatch import Decision, Mode
+from nanodrift.plan import Completion, DecodeWork, FusedWork, Lane, Partition, PrefillWork, Ticket, Work
+from nanodrift.request import Request
+
+MAX_EVENTS = 400_000  # of a trace: the newest are kept
+OTHER = {Lane.PREFILL: Lane.DECODE, Lane.DECODE: Lane.PREFILL}
+TRACKS = {Lane.DECODE: 1, Lane.PREFILL: 2}  # of a trace
+
+
+def mode_of(work: Work, partition: Partition) -> Mode:
+    """How the device was shared while this ran."""
+    return Mode.FUSED if isinstance(work, FusedWork) else Mode.EXCLUSIVE if partition.is_shared else Mode.SPLIT
+
+
+@dataclass
+class _Side:
+    """One lane's books."""
+
+    busy_s: float = 0.0
+    bubble_s: float = 0.0
+    whole_chip_s: float = 0.0  # of busy_s: with all SMs to itself
+    end_s: float = -math.inf  # of its last piece of work ...
+    request_ids: frozenset[str] = frozenset()  # ... which was for these
+    other_whole_chip_s: float = 0.0  # the other lane's at that time
+
+
+class Telemetry:
+    """Books of one engine. ``requests`` is the scheduler's table: it says when a prompt had arrived."""
+
+    def __init__(self, requests: Mapping[str, Request], partitions: tuple[Partition, ...]):
+        self.events: deque[dict] | None = None  # of a trace, in Chrome's format; None: nobody asked for one
+        self._requests, self._partitions = requests, partitions
+        self._sides = {lane: _Side() for lane in Lane}
+        self._shape: tuple[Mode, Partition] | None = None  # of the newest launch
+        self._newest = {"decode_batch": 0, "chunk_tokens": 0, "tbt_predicted_seconds": 0.0}
+        self._counts = {"repartitions_total": 0, "unmeetable_steps_total": 0, "merges_total": 0}
+        self._gaps = {"merge_gap_seconds_total": 0.0, "merge_gap_seconds_max": 0.0}
+        self._residency: dict[tuple[Mode, Partition], float] = {}
+        self._seen_s, self._hole = -math.inf, (0.0, 0.0)  # booked up to here, except for the newest idle stretch
+        self._first_token_s: dict[str, float] = {}  # of requests whose second token has not come yet
+
+    def on_launch(self, ticket: Ticket, decision: Decision) -> None:
+        work, shape = ticket.work, (mode_of(ticket.work, ticket.partition), ticket.partition)
+        if shape != self._shape:
+            self._counts["repartitions_total"] += self._shape is not None
+            self._shape = shape
+            if self.events is not None:
+                sms = {"decode": shape[1].decode_sms, "prefill": shape[1].prefill_sms}
+                self.events.append({"ph": "C", "pid": 1, "name": "SMs", "ts": 1e6 * ticket.launched_s, "args": sms})
+        for part in work.parts:
+            if isinstance(part, DecodeWork):
+                self._newest |= {"decode_batch": len(part.rows), "tbt_predicted_seconds": decision.step_s}
+                self._counts["unmeetable_steps_total"] += decision.is_unmeetable
+            else:
+                self._newest["chunk_tokens"] = part.num_tokens
+
+    def on_complete(self, completion: Completion) -> None:
+        """Completions come in the order of their ends."""
+        ticket, end_s = completion.ticket, completion.finished_s
+        lanes = tuple(Lane) if ticket.partition.is_shared else ticket.work.lanes  # which it cannot have run beside
+        earliest_s = max(ticket.launched_s, *(self._sides[lane].end_s for lane in lanes))
+        start_s = max(earliest_s, end_s - completion.busy_s) if completion.busy_s else min(earliest_s, end_s)
+        shape = (mode_of(ticket.work, ticket.partition), ticket.partition)
+        for part in ticket.work.parts:
+            self._book(part, shape[0], start_s, end_s)
+        for lane in ticket.work.lanes:
+            self._sides[lane].other_whole_chip_s = self._sides[OTHER[lane]].whole_chip_s
+        self._residency[shape] = self._residency.get(shape, 0.0) + self._unseen_s(start_s, end_s)
+        self._note_merges(completion)
+        if self.events is not None:
+            self.events += _slices(ticket, shape[0], start_s, end_s)
+
+    def stats(self) -> dict:
+        mode, partition = self._shape or (None, self._partitions[0])
+        residency = sorted(self._residency.items(), key=lambda item: -item[1])
+        lanes = {
+            f"{lane.value}_{name}_seconds_total": seconds
+            for lane, side in self._sides.items()
+            for name, seconds in (("busy", side.busy_s), ("bubble", side.bubble_s))
+        }
+        return {
+            "mode": mode.value if mode else "",
+            "prefill_sms": partition.prefill_sms,
+            "decode_sms": partition.decode_sms,
+            "num_sms": self._partitions[0].decode_sms,
+            "has_partitions": len(self._partitions) > 1,
+            "residency": [[m.value, p.prefill_sms, p.decode_sms, seconds] for (m, p), seconds in residency],
+            **self._newest,
+            **self._counts,
+            **self._gaps,
+            **lanes,
+        }
+
+    def record(self) -> None:
+        """Keeps what a trace shows from now on."""
+        self.events = deque(maxlen=MAX_EVENTS)
+
+    def _book(self, part: PrefillWork | DecodeWork, mode: Mode, start_s: float, end_s: float) -> None:
+        side, other = self._sides[part.lanes[0]], self._sides[OTHER[part.lanes[0]]]
+        if isinstance(part, DecodeWork):
+            request_ids, has_waited = frozenset(part.request_ids), False
+        else:
+            request_ids = frozenset(piece.request_id for piece in part.slices)
+            has_waited = any(i in self._requests and self._requests[i].arrival_s <= side.end_s for i in request_ids)
+        if has_waited or not request_ids.isdisjoint(side.request_ids):
+            side.bubble_s += max(0.0, start_s - side.end_s - (other.whole_chip_s - side.other_whole_chip_s))
+        side.busy_s += end_s - start_s
+        side.whole_chip_s += end_s - start_s if mode is Mode.EXCLUSIVE else 0.0
+        side.end_s, side.request_ids = end_s, request_ids
+
+    def _unseen_s(self, start_s: float, end_s: float) -> float:
+        """Seconds of this span that no earlier one covers: behind all of them, or in the newest idle stretch."""
+        low, high = self._hole
+        late_s = max(0.0, min(high, end_s) - max(low, start_s))
+        if start_s > self._seen_s:
+            self._hole = (self._seen_s, start_s)
+        elif late_s:
+            self._hole = (low, max(low, start_s))
+        new_s = max(0.0, end_s - max(start_s, self._seen_s))
+        self._seen_s = max(self._seen_s, end_s)
+        return late_s + new_s
+
+    def _note_merges(self, completion: Completion) -> None:
+        first = [i for part in completion.ticket.work.parts if isinstance(part, PrefillWork) for i in part.sampled_ids]
+        for request_id, _ in completion.tokens:
+            if (first_s := self._first_token_s.pop(request_id, None)) is not None:
+                gap_s = completion.finished_s - first_s
+                self._counts["merges_total"] += 1
+                self._gaps["merge_gap_seconds_total"] += gap_s
+                self._gaps["merge_gap_seconds_max"] = max(self._gaps["merge_gap_seconds_max"], gap_s)
+        if first:  # and who has ended in between is forgotten
+            waiting = {i: s for i, s in self._first_token_s.items() if i in self._requests}
+            self._first_token_s = waiting | dict.fromkeys(first, completion.finished_s)
+
+
+def _slices(ticket: Ticket, mode: Mode, start_s: float, end_s: float) -> list[dict]:
+    """A piece of work on the tracks of its lanes. Times in microseconds of the executor's clock."""
+    events = []
+    for part in ticket.work.parts:
+        if isinstance(part, DecodeWork):
+            name, sms = f"decode {len(part.rows)}", ticket.partition.decode_sms
+            about = {"batch": len(part.rows), "context_tokens": sum(part.positions) + len(part.rows)}
+        else:
+            name, sms = f"prefill {part.num_tokens}", ticket.partition.prefill_sms
+            about = {"tokens": part.num_tokens, "layers": [part.first_layer, part.last_layer]}
+            about |= {"requests": [piece.request_id for piece in part.slices], "first_tokens": len(part.sampled_ids)}
+        about |= {"sms": sms, "ticket": ticket.number, "queued_ms": round(1e3 * (start_s - ticket.launched_s), 3)}
+        times = {"ts": round(1e6 * start_s, 1), "dur": round(1e6 * (end_s - start_s), 1)}
+        track = {"ph": "X", "pid": 1, "tid": TRACKS[part.lanes[0]], "cat": mode.value}
+        events.append({"name": name, **track, **times, "args": about})
+    return events
+
+
+def write_trace(path: Path, events: Iterable[dict], samples: Iterable[tuple[float, float, float]], **about) -> None:
+    """A file for ui.perfetto.dev and chrome://tracing: lanes as tracks; SMs, clock and watts as counters.
+
+    ``samples``: (seconds, SM MHz, watts). ``about`` says what ran where.
+    """
+    names = [{"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "nanodrift"}}]
+    names += [{"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": f"{lane.value} lane"}}
+              for lane, tid in TRACKS.items()]  # fmt: skip
+    counters = [{"ph": "C", "pid": 1, "name": name, "ts": round(1e6 * at_s, 1), "args": {name: value}}
+                for at_s, mhz, watts in samples for name, value in (("SM MHz", mhz), ("watts", watts))]  # fmt: skip
+    lines = ",\n".join(json.dumps(event) for event in [*names, *events, *counters])
+    path.write_text(f'{{"otherData": {json.dumps(about)}, "traceEvents": [\n{lines}\n]}}\n')
