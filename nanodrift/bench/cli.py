@@ -18,7 +18,6 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, fields
-from pathlib import Path
 from statistics import fmean, median
 
 import torch
@@ -27,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nanodrift.bench import load_cli, machine, offline, tables
+from nanodrift.bench.options import about_options, add_engine_options
 from nanodrift.bench.roofline import Ceilings, Load, decode_load, prefill_load
 from nanodrift.config import ConfigError, EngineConfig
 from nanodrift.metrics import percentile
@@ -47,18 +47,9 @@ PLAN = {  # what is measured when no flag says otherwise; lengths that do not fi
 
 
 def build_parser() -> argparse.ArgumentParser:
-    about = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    about.add_argument("--model", help="alias, hub id or folder; default: the embedded model, or the server's own")
-    about.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here")
-    about.add_argument("--label", help="a name for this run, stored in the JSON")
-    about.add_argument(
-        "--metadata", nargs="+", type=key_value, metavar="KEY=VALUE", help="stored in the JSON as they are"
-    )
+    about = about_options()
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[about])
-    engine = common.add_argument_group("engine")
-    for field in fields(EngineConfig):
-        if field.name != "slo":
-            add_engine_option(engine, field)
+    add_engine_options(common)
     offline_load = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     for name in ("num-prompts", "input-len", "output-len"):
         offline_load.add_argument(f"--{name}", type=int, metavar="N")
@@ -80,22 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
     check = modes.add_parser("tables", help="README.md from results/")
     check.add_argument("--check", action="store_true", help="change nothing; fail if README.md is out of date")
     return parser
-
-
-def key_value(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    return key, value
-
-
-def add_engine_option(group, field) -> None:
-    flag, kind = f"--{field.name.replace('_', '-')}", str(field.type)
-    if kind.startswith("bool"):
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"default {field.default}")
-    else:
-        value = int if kind.startswith("int") else float if kind.startswith("float") else str
-        group.add_argument(flag, type=value, metavar=field.name.split("_")[-1].upper(), help=f"default {field.default}")
 
 
 def main(argv: list[str] | None = None) -> int:

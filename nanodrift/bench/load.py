@@ -7,6 +7,8 @@ from the start of the run. Which figures are made of them is metrics.py's busine
 
 from __future__ import annotations
 
+import gc
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,6 +23,8 @@ from nanodrift.metrics import RequestTimes
 from nanodrift.request import Request, SamplingParams
 
 INTERRUPTED = "interrupted"  # the run was stopped while this request was under way
+CUT_OFF = "timed out: not done when the run's time was over"  # counts as a miss
+LEAD_S = 2.0  # a background decodes alone before the first request comes
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Record(RequestTimes):
     counted_by: str = "engine"  # who knew how many tokens there were: engine | usage | chunks
     num_cached_tokens: int | None = None
     num_preemptions: int | None = None
+    is_background: bool = False  # of a batch that is held beside the workload; ended by the run, not by its length
 
     @property
     def send_lag_s(self) -> float:
@@ -59,6 +64,7 @@ def run_workload(
     slo: SLO | None = None,
     num_ids: int = NUM_IDS,
     encode: Callable[[str], list[int]] | None = None,
+    drain_s: float = math.inf,
     advance: Advance = nobody,
 ) -> list[Record]:
     """Runs all samples once, and returns a record for each that was issued, in order of arrival.
@@ -67,6 +73,7 @@ def run_workload(
     a rate keeps its rhythm, stretched to that mean; anything else is drawn (gamma; ``burstiness`` 1 = Poisson). One
     seed gives the same prompts and the same arrivals to every target; another ``prompt_seed`` gives other ids of the
     same lengths, which a prefix cache that outlived the last run does not know. ``encode`` turns texts into ids.
+    An engine gets ``drain_s`` seconds after the last arrival: what is not done then is cut off, and is a miss.
     Interrupted (Ctrl-C), it returns what it has; requests under way then have the error INTERRUPTED.
     """
     if workload.has_arrivals and not isinstance(rate, Ramp):
@@ -84,8 +91,12 @@ def run_workload(
 
         target = Server(target)
         target.connect()
-    run = _run_engine if isinstance(target, Engine) else _run_server
-    return run(target, workload, due_s, prompts, slo or SLO(), max_concurrency, is_closed, advance, encode)
+    if isinstance(target, Engine):
+        run = _EngineRun(target, slo or SLO(), prompts, advance)
+        return run(workload, due_s, max_concurrency, is_closed, encode, drain_s)
+    if workload.background is not None:
+        raise ValueError(f"{workload.name} holds a batch beside its requests: it needs the engine in this process")
+    return _run_server(target, workload, due_s, prompts, slo or SLO(), max_concurrency, is_closed, advance)
 
 
 def duration_s(records: Sequence[Record]) -> float:
@@ -93,72 +104,105 @@ def duration_s(records: Sequence[Record]) -> float:
     return max((record.end_s for record in records), default=0.0) or 1e-9
 
 
-def _run_server(server, workload, due_s, prompts, slo, max_concurrency, is_closed, advance, encode) -> list[Record]:
+def _run_server(server, workload, due_s, prompts, slo, max_concurrency, is_closed, advance) -> list[Record]:
     bodies = [server.body(sample, prompts) for sample in workload.samples]
     lengths = [sample.num_prompt_tokens for sample in workload.samples]
     return server.run(bodies, lengths, due_s, slo, max_concurrency, is_closed, advance)
 
 
-def _run_engine(engine, workload, due_s, prompts, slo, max_concurrency, is_closed, advance, encode) -> list[Record]:
-    """All requests are made before the start. The engine takes each one when it is due, between two of its steps."""
-    requests = []
-    for sample in workload.samples:
+class _EngineRun:
+    """One run on an engine. All of the workload's requests are made before the start; each is taken when it is due."""
+
+    def __init__(self, engine: Engine, slo: SLO, prompts: PromptMaker, advance: Advance):
+        self.engine, self.slo, self.prompts, self.advance = engine, slo, prompts, advance
+        self.clock = engine.executor.clock
+        self.start_s = 0.0
+        self.issued: list[Request] = []
+        self.running: dict[str, Request] = {}
+        self.errors: dict[str, str] = {}  # by request id: why it was refused or cut off
+        self.refused: set[str] = set()
+        self.background: dict[str, Request] = {}  # under way
+        self.background_ids: set[str] = set()
+
+    def __call__(self, workload, due_s, max_concurrency, is_closed, encode, drain_s) -> list[Record]:
+        pending = deque(self._request(sample, encode) for sample in workload.samples)
+        gc.collect()
+        gc.freeze()  # a collection over all the prompts would be a stall of our own making
+        self.start_s = self.clock.now()
+        lead_s = LEAD_S if workload.background else 0.0
+        for request, due in zip(pending, due_s, strict=True):
+            request.arrival_s = self.start_s + lead_s + due
+        deadline_s = self.start_s + lead_s + max(due_s, default=0.0) + drain_s
+        fillers = map(workload.background.sample, itertools.count()) if workload.background else iter(())
+        try:
+            while pending or self.running:
+                has_room = max_concurrency is None or len(self.running) < max_concurrency
+                while pending and has_room and (is_closed or pending[0].arrival_s <= self.clock.now()):
+                    self._issue(pending.popleft(), is_closed)
+                    has_room = max_concurrency is None or len(self.running) < max_concurrency
+                while workload.background and len(self.background) < workload.background.batch:
+                    self._fill(next(fillers))
+                if self.clock.now() >= deadline_s:
+                    self.errors |= dict.fromkeys(self.running, CUT_OFF)
+                    break
+                self._step(min(pending[0].arrival_s if pending and has_room else math.inf, deadline_s))
+        except KeyboardInterrupt:
+            pass  # what is under way is aborted; nobody was told of what is still to come
+        for request_id in [*self.running, *self.background]:
+            self.engine.abort(request_id)
+        while self.engine.has_work:
+            self.engine.step()
+        return [self._record(request) for request in self.issued]
+
+    def _request(self, sample, encode) -> Request:
         params = SamplingParams(temperature=0.0, max_tokens=sample.num_output_tokens, ignore_eos=True)
-        requests.append(engine.new_request(prompts.token_ids(sample, encode), params, slo=slo))
-    clock = engine.executor.clock
-    start_s = clock.now()
-    for number, request in enumerate(requests):
-        request.arrival_s = start_s + due_s[number]
-    refusals: dict[str, str] = {}
-    running: dict[str, Request] = {}
-    pending, issued = deque(requests), []
+        return self.engine.new_request(self.prompts.token_ids(sample, encode), params, slo=self.slo)
 
-    def issue() -> None:
-        while pending and (max_concurrency is None or len(running) < max_concurrency):
-            request = pending.popleft()
-            if is_closed:
-                request.arrival_s = clock.now()
-            issued.append(request)
-            try:
-                engine.add(request)
-                running[request.request_id] = request
-            except ValueError as error:
-                refusals[request.request_id] = str(error)
-                request.finished_s = request.arrival_s
-                advance(_engine_record(request, start_s, refusals))
+    def _issue(self, request: Request, is_now: bool) -> None:
+        if is_now:
+            request.arrival_s = self.clock.now()
+        self.issued.append(request)
+        try:
+            self.engine.add(request)
+            self.running[request.request_id] = request
+        except ValueError as error:
+            self.errors[request.request_id] = str(error)
+            self.refused.add(request.request_id)
+            request.finished_s = request.arrival_s
+            self.advance(self._record(request))
 
-    try:
-        issue()
-        while engine.has_work:
-            for event in engine.step():
-                if event.finish_reason is not None and event.request_id in running:
-                    advance(_engine_record(running.pop(event.request_id), start_s, refusals))
-            issue()
-    except KeyboardInterrupt:
-        now_s = clock.now()
-        issued = [request for request in issued if request.arrival_s <= now_s]
-        for request_id in running:
-            engine.abort(request_id)
-        while engine.has_work:
-            engine.step()
-    return [_engine_record(request, start_s, refusals) for request in issued]
+    def _fill(self, sample) -> None:
+        request = self._request(sample, None)
+        self.engine.add(request)
+        self.issued.append(request)
+        self.background[request.request_id] = request
+        self.background_ids.add(request.request_id)
 
+    def _step(self, until_s: float) -> None:
+        for event in self.engine.step(until_s if until_s < math.inf else None):
+            if event.finish_reason is None:
+                continue
+            self.background.pop(event.request_id, None)
+            if (request := self.running.pop(event.request_id, None)) is not None:
+                self.advance(self._record(request))
 
-def _engine_record(request: Request, start_s: float, refusals: dict[str, str]) -> Record:
-    times = RequestTimes.of(request)
-    refusal = refusals.get(request.request_id)
-    ends = [s for s in (request.finished_s, request.token_s[-1] if request.token_s else None) if s is not None]
-    error = refusal if refusal is not None else None if times.is_completed else INTERRUPTED
-    return Record(
-        arrival_s=request.arrival_s - start_s,
-        token_s=tuple(s - start_s for s in request.token_s),
-        slo=request.slo,
-        is_completed=times.is_completed,
-        num_prompt_tokens=times.num_prompt_tokens,
-        sent_s=request.arrival_s - start_s,
-        end_s=max(ends, default=request.arrival_s) - start_s,
-        error=error,
-        is_refused=refusal is not None,
-        num_cached_tokens=request.num_cached_tokens,
-        num_preemptions=request.num_preemptions,
-    )
+    def _record(self, request: Request) -> Record:
+        times = RequestTimes.of(request)
+        is_background = request.request_id in self.background_ids
+        is_completed = times.is_completed or (is_background and bool(request.token_s))
+        error = self.errors.get(request.request_id)
+        ends = [s for s in (request.finished_s, request.token_s[-1] if request.token_s else None) if s is not None]
+        return Record(
+            arrival_s=request.arrival_s - self.start_s,
+            token_s=tuple(s - self.start_s for s in request.token_s),
+            slo=request.slo,
+            is_completed=is_completed,
+            num_prompt_tokens=times.num_prompt_tokens,
+            sent_s=request.arrival_s - self.start_s,
+            end_s=max(ends, default=request.arrival_s) - self.start_s,
+            error=error if error is not None else None if is_completed else INTERRUPTED,
+            is_refused=request.request_id in self.refused,
+            num_cached_tokens=request.num_cached_tokens,
+            num_preemptions=request.num_preemptions,
+            is_background=is_background,
+        )

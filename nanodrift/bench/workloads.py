@@ -12,6 +12,7 @@ come from the quantiles in lengths.json, whose ``source`` says what was measured
     conversation   many turns over one history, a system prompt shared by all
     longdoc        about eight short questions on each document of 20k to 30k tokens
     random         fixed lengths: ``--input-len``, ``--output-len``
+    steady8k       long prompts (8,000 tokens) at a steady beat, beside a decode batch that is held at one size
 """
 
 from __future__ import annotations
@@ -52,12 +53,31 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Background:
+    """Short requests with long answers, ``batch`` of them at any time: where one ends the next begins.
+
+    They keep a decode batch under way while the workload's own requests come and go, and are no part of its rate.
+    """
+
+    batch: int
+    input_len: int
+    output_len: int
+
+    def sample(self, number: int) -> Sample:
+        """The first ``batch`` answers are of all lengths up to ``output_len``, so that they do not end together."""
+        share = (number + 1) / self.batch if number < self.batch else 1.0
+        name = f"background-{number}"
+        return Sample(((name, self.input_len),), max(2, round(self.output_len * share)), name)
+
+
+@dataclass(frozen=True)
 class Workload:
     """Samples in order of arrival. Each method returns a changed one, with a note of what it dropped or changed."""
 
     name: str
     samples: tuple[Sample, ...]
     notes: tuple[str, ...] = ()
+    background: Background | None = None
 
     @property
     def has_arrivals(self) -> bool:
@@ -203,7 +223,9 @@ def fixed(input_len: int, output_len: int) -> Iterator[Sample]:
         yield Sample(((f"prompt-{number}", input_len),), output_len, f"prompt-{number}")
 
 
-NAMES = ("sharegpt", "chat", "code", "reasoning", "conversation", "longdoc", "random")
+NAMES = ("sharegpt", "chat", "code", "reasoning", "conversation", "longdoc", "random", "steady8k")
+FIXED_LENGTHS = {"random": (1024, 128), "steady8k": (8000, 128)}  # tokens in and out, unless told otherwise
+BACKGROUND = Background(batch=32, input_len=256, output_len=768)  # of steady8k
 
 
 def named(
@@ -213,10 +235,13 @@ def named(
     *,
     max_model_len: int | None = None,
     length_scale: float = 1.0,
-    input_len: int = 1024,
-    output_len: int = 128,
+    input_len: int | None = None,
+    output_len: int | None = None,
+    background: Background = BACKGROUND,
 ) -> Workload:
     """``count`` requests of a named workload, all within the window: what does not fit is passed over and counted.
+
+    ``input_len`` and ``output_len`` are of those that have fixed lengths; ``background`` is steady8k's.
 
     Raises ValueError for an unknown name, and when next to nothing fits.
     """
@@ -226,7 +251,10 @@ def named(
     makers = {
         "conversation": lambda: conversations(lengths, draw),
         "longdoc": lambda: questions(draw),
-        "random": lambda: fixed(input_len, output_len),
+        **{
+            fixed_name: lambda most=most: fixed(input_len or most[0], output_len or most[1])
+            for fixed_name, most in FIXED_LENGTHS.items()
+        },
     }
     endless = makers.get(name, lambda: singles(lengths, draw))()
     samples, num_passed = [], 0
@@ -241,7 +269,7 @@ def named(
                 f"hardly a request of {name} fits a window of {max_model_len} tokens; --length-scale 0.1 makes all "
                 "lengths ten times shorter, --workload random --input-len N --output-len N asks for fixed ones"
             )
-    workload = Workload(name, tuple(samples))
+    workload = Workload(name, tuple(samples), background=background if name == "steady8k" else None)
     if length_scale != 1:
         workload = workload._changed(samples, f"all lengths times {length_scale:g}")
     if num_passed:

@@ -1,0 +1,77 @@
+"""Policies as people write them: a name, and behind a colon what it is set to.
+
+    mux                     the dispatcher with all of its modes
+    mux:fused+exclusive     the dispatcher without split; any of split, fused, exclusive
+    chunked:512             every step one fused batch of 512 tokens
+    chunked-auto            the same, sized by the estimator
+    static:32               32 SMs decode, the others prefill, for good
+    overlap:32              two plain streams, grids limited likewise
+    prefill-first | turns   nothing to set
+
+Knows no machine: costs, guard and partitions arrive as arguments. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanodrift.baselines import make_policy
+from nanodrift.cost import CostModel, Guard
+from nanodrift.dispatch import Mode, Policy
+from nanodrift.plan import Partition
+
+SET_BY_TOKENS, SET_BY_SMS = ("chunked",), ("static", "overlap")
+# What these do does not depend on the TBT that was promised: one run can be judged by any.
+BLIND_TO_TBT = (*SET_BY_TOKENS, *SET_BY_SMS, "prefill-first", "turns")
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """One policy of a sweep. ``text`` is how it was written, and its name in every result."""
+
+    text: str
+    name: str
+    modes: tuple[Mode, ...] = tuple(Mode)
+    budget_tokens: int = 512
+    decode_sms: int = 32
+
+    @property
+    def sees_tbt(self) -> bool:
+        return self.name not in BLIND_TO_TBT
+
+    def make(self, cost: CostModel, guard: Guard, partitions: tuple[Partition, ...], max_prefill_tokens: int) -> Policy:
+        """The policy on a machine. Raises ValueError for a name or a partition that there is not."""
+        return make_policy(
+            self.name,
+            cost,
+            guard,
+            partitions,
+            max_prefill_tokens=max_prefill_tokens,
+            modes=self.modes,
+            budget_tokens=self.budget_tokens,
+            decode_sms=self.decode_sms,
+        )
+
+
+def parse(text: str) -> PolicySpec:
+    """Raises ValueError, saying what is understood, for a setting that the policy does not have."""
+    name, colon, setting = text.strip().partition(":")
+    if not colon:
+        return PolicySpec(text.strip(), name)
+    if name == "mux":
+        try:
+            return PolicySpec(text.strip(), name, modes=tuple(Mode(mode) for mode in setting.split("+")))
+        except ValueError as error:
+            modes = "+".join(mode.value for mode in Mode)
+            raise ValueError(f"{error}: mux is set to some of {modes}, got {text!r}") from error
+    if setting.isdigit() and int(setting) > 0:
+        if name in SET_BY_TOKENS:
+            return PolicySpec(text.strip(), name, budget_tokens=int(setting))
+        if name in SET_BY_SMS:
+            return PolicySpec(text.strip(), name, decode_sms=int(setting))
+    raise ValueError(f"{text!r} is not understood: mux:split+fused, chunked:TOKENS, static:SMS and overlap:SMS are")
+
+
+def parse_all(text: str) -> list[PolicySpec]:
+    """Policies separated by commas, each once."""
+    return list({spec.text: spec for spec in map(parse, text.split(","))}.values())
