@@ -20,7 +20,7 @@ from null_engine import HANG
 from running_server import PATIENCE_S, eventually, program
 
 from nanodrift.config import ConfigError
-from nanodrift.server import cli
+from nanodrift.server import cli, options
 
 EMBEDDED = "nanodrift-storyteller"
 
@@ -267,14 +267,14 @@ def test_settings_are_checked_first(arguments, message, capsys):
 
 def test_options_become_the_engines_settings(monkeypatch):
     arguments = "--max-model-len 512 --gpu-memory-utilization 0.5 --deterministic --slo-tbt-ms 20 --dtype float16"
-    config = cli.engine_config(cli.parse([*arguments.split(), "--no-prefix-caching"]))
+    config = options.engine_config(options.parse([*arguments.split(), "--no-prefix-caching"]))
     assert (config.max_model_len, config.memory_fraction, config.deterministic) == (512, 0.5, True)
     assert not config.prefix_caching
     assert (config.slo.tbt_ms, config.slo.ttft_ms, config.dtype, config.max_num_seqs) == (20, 2000, "float16", 256)
     with pytest.raises(ConfigError, match="load_format"):
-        cli.engine_config(cli.parse(["--load-format", "pickle"]))
+        options.engine_config(options.parse(["--load-format", "pickle"]))
     with pytest.raises(SystemExit):
-        cli.parse(["--no-such-flag"])
+        options.parse(["--no-such-flag"])
     for bad in (
         ["--max-queue", "-1"],
         ["--drain-timeout", "nan"],
@@ -282,16 +282,16 @@ def test_options_become_the_engines_settings(monkeypatch):
         ["--metrics-prefix", "a b"],
     ):
         with pytest.raises(SystemExit):
-            cli.parse(bad)
-    monkeypatch.setenv(cli.KEY_VARIABLE, "one, two,")
-    assert cli.api_keys(cli.parse(["--api-key", "zero"])) == ("zero", "one", "two")
+            options.parse(bad)
+    monkeypatch.setenv(options.KEY_VARIABLE, "one, two,")
+    assert options.api_keys(options.parse(["--api-key", "zero"])) == ("zero", "one", "two")
 
 
 def test_an_open_address_without_a_key_is_warned_of():
     with program("--port", "0", "--host", "0.0.0.0", engine=()) as one:
         one.wait_url()
         assert "warning" in one.said and "no API key" in one.said
-    with program("--port", "0", "--host", "0.0.0.0", engine=(), **{cli.KEY_VARIABLE: "secret"}) as one:
+    with program("--port", "0", "--host", "0.0.0.0", engine=(), **{options.KEY_VARIABLE: "secret"}) as one:
         url = one.wait_url()
         assert "warning" not in one.said and "secret" not in one.said
         assert httpx.get(f"{url}/v1/models").status_code == 401

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from running_server import PATIENCE_S, ROOT, TOKENIZER, complete, error_of, eventually, program, running
 
-from nanodrift.server import cli
+from nanodrift.server import cli, options
 from nanodrift.tokenizer import ChatError, Tokenizer
 
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanodrift/**/*.py"), *ROOT.glob("kernels/**/*.py")])
@@ -207,9 +207,9 @@ def test_every_key_is_compared_in_constant_time(guarded, monkeypatch):
 def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch, capsys):
     path = tmp_path / "keys"
     path.write_text(f"one\n\n  {KEY} \n")
-    monkeypatch.setenv(cli.KEY_VARIABLE, "two,")
-    assert cli.api_keys(cli.parse(["--api-key-file", str(path)])) == ("two", "one", KEY)
-    monkeypatch.delenv(cli.KEY_VARIABLE)
+    monkeypatch.setenv(options.KEY_VARIABLE, "two,")
+    assert options.api_keys(options.parse(["--api-key-file", str(path)])) == ("two", "one", KEY)
+    monkeypatch.delenv(options.KEY_VARIABLE)
     path.write_text("\n")
     for file in (path, tmp_path / "none"):  # never open by mistake
         assert cli.main(["--port", "0", "--api-key-file", str(file)]) == 2
@@ -217,7 +217,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch, capsys)
 
 
 def test_it_listens_on_loopback_only_and_on_one_port():
-    assert cli.parse([]).host == "127.0.0.1"
+    assert options.parse([]).host == "127.0.0.1"
     with program("--port", "0", engine=()) as one:
         one.wait_url()
         tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6", "udp", "udp6")]

@@ -135,6 +135,7 @@ def build_app(served: Served) -> Guard:
 
 def _reply(served: Served, shape, body: GenerationBody, prompts, limits: list[int], arrival_s: float) -> Response:
     first, n = body.sampling(limits[0]), body.n or 1
+    served.check_promise(sum(map(len, prompts)), body.promise(served.slo))
     generation = Generation(
         served.client,
         served.tokenizer,

@@ -16,132 +16,24 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import math
-import os
-import re
 import signal
 import socket
 import time
-from dataclasses import fields
 
 from rich.console import Console
 
-from nanodrift import __version__
-from nanodrift.config import SLO, ConfigError, EngineConfig
-from nanodrift.server import startup
+from nanodrift.config import ConfigError, EngineConfig
+from nanodrift.server import logs, startup
 from nanodrift.server.app import build_app
-from nanodrift.server.client import ENGINE_COMMAND, MAX_QUEUE, EngineClient, EngineDead
+from nanodrift.server.client import ENGINE_COMMAND, EngineClient, EngineDead
 from nanodrift.server.connection import HttpServer, http_server
+from nanodrift.server.options import KEY_VARIABLE, api_keys, engine_config, parse
 from nanodrift.server.served import Served
-from nanodrift.server.telemetry import PREFIX, Telemetry
+from nanodrift.server.telemetry import Telemetry
 from nanodrift.tokenizer import Tokenizer
 
 EMBEDDED_NAME = "nanodrift-storyteller"
-KEY_VARIABLE = "NANODRIFT_API_KEY"
 LINGER_S = 2.0  # after the engine has died: whoever asks /health meanwhile learns it
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Options without a value given are left out, so that EngineConfig's defaults hold."""
-    parser = argparse.ArgumentParser(
-        prog="serve.py",
-        description="Serves a model over an OpenAI-compatible API. Without arguments: the small embedded model, on "
-        "whatever device there is, at http://127.0.0.1:8000.",
-        argument_default=argparse.SUPPRESS,
-    )
-    add = parser.add_argument
-    add(
-        "--model", default=None, help="alias (qwen3-0.6b, llama-3.1-8b, ...), hub id or folder; none = the embedded one"
-    )
-    add("--served-model-name", nargs="+", metavar="NAME", help="what clients call the model (several allowed)")
-    add("--device", help="auto, cpu, cuda or cuda:N (auto)")
-    add("--dtype", help="auto, bfloat16, float16 or float32 (auto: the model's own, float32 on a CPU)")
-    add("--load-format", help="auto or dummy (weights of the right shape, made up)")
-    add("--max-model-len", type=int, metavar="TOKENS", help="prompt and answer together (the model's window)")
-    add("--max-num-seqs", type=int, metavar="N", help="requests that run at once (256)")
-    add("--max-prefill-tokens", type=int, metavar="TOKENS", help="prompt tokens of one launch (2048)")
-    add("--memory-fraction", "--gpu-memory-utilization", type=float, metavar="SHARE", help="of the GPU's memory (0.9)")
-    add(
-        "--prefix-caching",
-        action=argparse.BooleanOptionalAction,
-        help="prompts start behind what the cache holds of them (on a CPU: yes, on a GPU: no)",
-    )
-    add("--deterministic", action="store_true", help="answers do not depend on what else is running")
-    add("--seed", type=int, help="of requests that bring none (0)")
-    add("--slo-ttft-ms", type=float, metavar="MS", help="time promised to the first token (2000)")
-    add("--slo-tbt-ms", type=float, metavar="MS", help="time promised between tokens (50)")
-    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    add("--port", type=int, default=8000, help="port to listen on, 0 = any that is free (8000)")
-    add(
-        "--api-key",
-        nargs="+",
-        default=[],
-        metavar="KEY",
-        help=f"keys clients must send; other users of this machine can read them here, so better in ${KEY_VARIABLE}",
-    )
-    add("--api-key-file", metavar="FILE", help="the same, one key a line")
-    add(
-        "--max-queue",
-        type=_count,
-        default=MAX_QUEUE,
-        metavar="N",
-        help=f"requests that may wait; more get a 429 ({MAX_QUEUE})",
-    )
-    add(
-        "--metrics-prefix",
-        type=_name,
-        default=PREFIX,
-        metavar="NAME",
-        help=f"of /metrics; vllm fits its dashboards ({PREFIX})",
-    )
-    add("--drain-timeout", type=_seconds, default=25.0, metavar="S", help="for answers in flight after SIGTERM (25)")
-    add(
-        "--stall-timeout",
-        type=_seconds,
-        default=300.0,
-        metavar="S",
-        help="after which an engine that has requests and makes no progress is ended, 0 = never (300)",
-    )
-    add("--version", action="version", version=__version__)
-    return parser.parse_args(argv)
-
-
-def _count(text: str) -> int:
-    if (count := int(text)) < 0:
-        raise ValueError("a count is not negative")  # argparse says the rest
-    return count
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"seconds are needed, not {text!r}")
-    return seconds
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", text):
-        raise argparse.ArgumentTypeError(f"letters, digits and underscores are needed, not {text!r}")
-    return text
-
-
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """Raises ConfigError."""
-    given = vars(args)
-    slo = {name: given[f"slo_{name}"] for name in ("ttft_ms", "tbt_ms") if f"slo_{name}" in given}
-    names = {field.name for field in fields(EngineConfig)}
-    return EngineConfig.from_options(**{k: v for k, v in given.items() if k in names}, slo=SLO(**slo))
-
-
-def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
-    """From the command line, a file and, separated by commas, the environment. Raises OSError."""
-    keys = [*args.api_key, *os.environ.get(KEY_VARIABLE, "").split(",")]
-    if path := getattr(args, "api_key_file", None):
-        with open(path, encoding="utf-8") as file:
-            keys += file.read().splitlines()
-        if not any(key.strip() for key in keys):
-            raise OSError(f"--api-key-file {path} holds no key")
-    return tuple(key.strip() for key in keys if key.strip())
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -167,13 +59,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def main(argv: list[str] | None = None, engine_command=ENGINE_COMMAND) -> int:
-    args = parse(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    voice = startup
     try:
+        args = parse(argv)
+        if args.log_json:
+            voice = logs
+            logs.set_up()
+        else:
+            logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         config, keys = engine_config(args), api_keys(args)
         listener = listen(args.host, args.port)
     except (ConfigError, OSError) as error:
-        startup.fail(str(error))
+        voice.fail(str(error))
         return 2
     with listener:
         return asyncio.run(_serve(args, config, keys, listener, engine_command))
@@ -185,12 +82,14 @@ async def _serve(args: argparse.Namespace, config: EngineConfig, keys, listener:
     telemetry = Telemetry(names[0], args.metrics_prefix)
     client = EngineClient(telemetry, args.max_queue)
     served = Served(names, client, telemetry, config.slo, root=args.model or "embedded", api_keys=keys)
-    server = http_server(build_app(served))
+    served.is_slo_enforced = args.slo_admission
+    app, voice = build_app(served), logs if args.log_json else startup
+    server = http_server(logs.RequestLog(app) if args.log_json else app)
     told_to_stop, told_to_drain = asyncio.Event(), asyncio.Event()
     _on_signals(served, told_to_stop, told_to_drain)
     url = _url(args.host, listener)
     if not keys and not _is_loopback(listener.getsockname()[0]):
-        startup.warn(
+        voice.warn(
             f"--host {args.host} can be reached from other machines and no API key is set: anyone there can use the "
             f"model. Set ${KEY_VARIABLE}."
         )
@@ -207,7 +106,7 @@ async def _serve(args: argparse.Namespace, config: EngineConfig, keys, listener:
         await _first_of(loading, stopping, draining, serving)
         if loading.done():
             await loading
-            startup.print_table(client.info, time.perf_counter() - started_s, url, names[0], config.slo, bool(keys))
+            voice.print_table(client.info, time.perf_counter() - started_s, url, names[0], config.slo, bool(keys))
             await _first_of(ended, stopping, draining, serving)
             if draining.done():
                 tasks.append(asyncio.create_task(_all_answered(server)))
@@ -215,7 +114,7 @@ async def _serve(args: argparse.Namespace, config: EngineConfig, keys, listener:
         if ended.done():
             raise EngineDead(f"the engine has died: {client.death}")
     except (EngineDead, ConfigError) as error:
-        startup.fail(str(error))
+        voice.fail(str(error))
         status = 1
         if served.is_ready:
             await asyncio.wait((stopping,), timeout=LINGER_S)
@@ -251,7 +150,7 @@ async def _all_answered(server: HttpServer) -> None:
 
 async def _load(client: EngineClient, served: Served) -> None:
     """Waits until the engine is ready and its tokenizer is read. Raises EngineDead or ConfigError."""
-    console = Console(stderr=True)
+    console = Console(stderr=True)  # a person's terminal, or nothing is shown
     with console.status("loading") if console.is_terminal else contextlib.nullcontext() as status:
         waiting = asyncio.create_task(client.wait_ready())
         while not waiting.done():

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 
 from nanodrift.config import SLO, EngineConfig
 from nanodrift.metrics import RequestTimes
+from nanodrift.server import logs
+from nanodrift.server.admission import Admission
 from nanodrift.server.engine_process import DUMP_SIGNAL
 from nanodrift.server.frames import READ_BYTES, FrameDecoder, encode
 
@@ -67,6 +69,7 @@ class _Stream:
         self.wake = asyncio.Event()
         self.arrival_s, self.slo, self.num_prompt_tokens = arrival_s, slo, num_prompt_tokens
         self.token_s = array("d")  # when each token was seen here
+        self.facts = logs.facts.get()
 
     def fail(self, error: Exception) -> None:
         self.error = error
@@ -100,6 +103,7 @@ class EngineClient:
         self.stats: dict[str, float] = {}
         self.telemetry = telemetry
         self.max_queue = max_queue
+        self.admission = Admission()
         self.process: subprocess.Popen | None = None
         self._streams: dict[str, _Stream] = {}
         self._ready = asyncio.Event()  # or dead
@@ -143,6 +147,7 @@ class EngineClient:
         slo: SLO | None = None,
         arrival_s: float | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[Output]:
         """Tokens as they come, the last Output with a finish_reason. Closing the iterator early frees the request.
 
@@ -158,8 +163,9 @@ class EngineClient:
             self._progress_s = now_s
         stream = self._streams[request_id] = _Stream(arrival_s, slo or SLO(), len(prompt))
         body = {"id": request_id, "prompt": prompt, "params": params, "arrival_s": arrival_s, "cache_salt": cache_salt}
-        body["slo"] = asdict(slo) if slo is not None else None
+        body |= {"slo": asdict(slo) if slo is not None else None, "priority": priority}
         self._send(["add", body])
+        self.admission.on_wait(len(prompt), now_s)
         if self.telemetry is not None:
             self.telemetry.on_prompt(len(prompt))
         try:
@@ -200,8 +206,7 @@ class EngineClient:
         stream = self._streams.pop(request_id, None)
         if stream is not None and self.state == "ready":
             self._send(["abort", request_id, reason, stop_reason])
-            if self.telemetry is not None:
-                self.telemetry.on_finish(reason, time.perf_counter(), stream.times(is_completed=reason == "stop"))
+            self._end(request_id, stream, reason, time.perf_counter(), is_completed=reason == "stop")
 
     def fail_all(self, error: Exception) -> None:
         """Ends every request in flight with ``error``."""
@@ -267,6 +272,7 @@ class EngineClient:
         elif kind == "refused":
             stream = self._streams.pop(rest[0], None)
             if stream is not None:
+                self.admission.on_leave(stream.num_prompt_tokens)
                 stream.fail(RequestRefused(rest[1]))
         elif kind == "phase":
             self.phase = f"{rest[0]} {rest[1]:.0%}"
@@ -288,15 +294,26 @@ class EngineClient:
         output.token_ids += token_ids
         output.finish_reason, output.stop_reason = finish_reason, stop_reason
         output.num_cached_tokens = max(output.num_cached_tokens, num_cached_tokens)
-        if self.telemetry is not None and token_ids:
-            since_s = stream.token_s[-1] if stream.token_s else stream.arrival_s
-            self.telemetry.on_tokens(len(token_ids), now_s - since_s, is_first=not stream.token_s)
+        if token_ids:
+            if not stream.token_s:
+                self.admission.on_first_token(stream.num_prompt_tokens, now_s)
+            if self.telemetry is not None:
+                since_s = stream.token_s[-1] if stream.token_s else stream.arrival_s
+                self.telemetry.on_tokens(len(token_ids), now_s - since_s, is_first=not stream.token_s)
             stream.token_s.extend([now_s] * len(token_ids))
         if finish_reason is not None:
             del self._streams[request_id]
             if self._finished_s is not None:
                 self._finish_gap_s += 0.1 * (now_s - self._finished_s - self._finish_gap_s)
             self._finished_s = now_s
-            if self.telemetry is not None:
-                self.telemetry.on_finish(finish_reason, now_s, stream.times(is_completed=True))
+            self._end(request_id, stream, finish_reason, now_s, is_completed=True)
         stream.wake.set()
+
+    def _end(self, request_id: str, stream: _Stream, reason: str, now_s: float, is_completed: bool) -> None:
+        """Counts a request that has ended, and writes it down."""
+        times = stream.times(is_completed)
+        if not stream.token_s:
+            self.admission.on_leave(stream.num_prompt_tokens)
+        if self.telemetry is not None:
+            self.telemetry.on_finish(reason, now_s, times)
+        logs.note(stream.facts, request_id, reason, times, stream.output.num_cached_tokens)

@@ -6,10 +6,11 @@ Knows no route and no socket.
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass
 
 from nanodrift.config import SLO
-from nanodrift.server.client import EngineClient, QueueFull
+from nanodrift.server.client import MAX_RETRY_AFTER_S, EngineClient, QueueFull
 from nanodrift.server.generation import queue_full
 from nanodrift.server.guard import MAX_BODY_BYTES
 from nanodrift.server.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, plain_messages
@@ -31,6 +32,7 @@ class Served:
     is_draining: bool = False  # what is in flight may end; nothing new begins
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = MAX_BODY_BYTES
+    is_slo_enforced: bool = False  # requests whose first token would come too late are refused
 
     @property
     def state(self) -> str:
@@ -59,6 +61,19 @@ class Served:
             self.client.check_room(body.n or 1)
         except QueueFull as error:  # before its prompt costs anything
             raise queue_full(error) from error
+
+    def check_promise(self, num_prompt_tokens: int, slo: SLO) -> None:
+        """Raises ApiError if the first token would come later than promised, where that is a reason to refuse."""
+        late_s = self.client.admission.predicted_ttft_s(num_prompt_tokens) - slo.ttft_ms / 1e3
+        if self.is_slo_enforced and late_s > 0:
+            raise ApiError(
+                429,
+                f"the first token would come {late_s:.1f} seconds later than the {slo.ttft_ms:g} ms that are promised: "
+                f"{self.client.admission.num_waiting_tokens} prompt tokens wait already",
+                kind="rate_limit_error",
+                code="slo_unmeetable",
+                headers={"Retry-After": str(min(max(math.ceil(late_s), 1), MAX_RETRY_AFTER_S))},
+            )
 
     def check_ready(self) -> None:
         state = self.state
