@@ -26,20 +26,15 @@ prompt that had arrived by then. It had no SMs while the other lane had the whol
 
 from __future__ import annotations
 
-import json
 import math
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from nanodrift.dispatch import Decision, Mode
 from nanodrift.plan import Completion, DecodeWork, FusedWork, Lane, Partition, PrefillWork, Ticket, Work
 from nanodrift.request import Request
 
-MAX_EVENTS = 400_000  # of a trace: the newest are kept
 OTHER = {Lane.PREFILL: Lane.DECODE, Lane.DECODE: Lane.PREFILL}
-TRACKS = {Lane.DECODE: 1, Lane.PREFILL: 2}  # of a trace
 
 
 def mode_of(work: Work, partition: Partition) -> Mode:
@@ -63,7 +58,7 @@ class Telemetry:
     """Books of one engine. ``requests`` is the scheduler's table: it says when a prompt had arrived."""
 
     def __init__(self, requests: Mapping[str, Request], partitions: tuple[Partition, ...]):
-        self.events: deque[dict] | None = None  # of a trace, in Chrome's format; None: nobody asked for one
+        self.listeners: list[Callable[[Completion, float], None]] = []  # learn what is done, and when it began
         self._requests, self._partitions = requests, partitions
         self._sides = {lane: _Side() for lane in Lane}
         self._shape: tuple[Mode, Partition] | None = None  # of the newest launch
@@ -79,9 +74,6 @@ class Telemetry:
         if shape != self._shape:
             self._counts["repartitions_total"] += self._shape is not None
             self._shape = shape
-            if self.events is not None:
-                sms = {"decode": shape[1].decode_sms, "prefill": shape[1].prefill_sms}
-                self.events.append({"ph": "C", "pid": 1, "name": "SMs", "ts": 1e6 * ticket.launched_s, "args": sms})
         for part in work.parts:
             if isinstance(part, DecodeWork):
                 self._newest |= {"decode_batch": len(part.rows), "tbt_predicted_seconds": decision.step_s}
@@ -102,8 +94,8 @@ class Telemetry:
             self._sides[lane].other_whole_chip_s = self._sides[OTHER[lane]].whole_chip_s
         self._residency[shape] = self._residency.get(shape, 0.0) + self._unseen_s(start_s, end_s)
         self._note_merges(completion)
-        if self.events is not None:
-            self.events += _slices(ticket, shape[0], start_s, end_s)
+        for listener in self.listeners:
+            listener(completion, start_s)
 
     def stats(self) -> dict:
         mode, partition = self._shape or (None, self._partitions[0])
@@ -125,10 +117,6 @@ class Telemetry:
             **self._gaps,
             **lanes,
         }
-
-    def record(self) -> None:
-        """Keeps what a trace shows from now on."""
-        self.events = deque(maxlen=MAX_EVENTS)
 
     def _book(self, part: PrefillWork | DecodeWork, mode: Mode, start_s: float, end_s: float) -> None:
         side, other = self._sides[part.lanes[0]], self._sides[OTHER[part.lanes[0]]]
@@ -166,35 +154,3 @@ class Telemetry:
         if first:  # and who has ended in between is forgotten
             waiting = {i: s for i, s in self._first_token_s.items() if i in self._requests}
             self._first_token_s = waiting | dict.fromkeys(first, completion.finished_s)
-
-
-def _slices(ticket: Ticket, mode: Mode, start_s: float, end_s: float) -> list[dict]:
-    """A piece of work on the tracks of its lanes. Times in microseconds of the executor's clock."""
-    events = []
-    for part in ticket.work.parts:
-        if isinstance(part, DecodeWork):
-            name, sms = f"decode {len(part.rows)}", ticket.partition.decode_sms
-            about = {"batch": len(part.rows), "context_tokens": sum(part.positions) + len(part.rows)}
-        else:
-            name, sms = f"prefill {part.num_tokens}", ticket.partition.prefill_sms
-            about = {"tokens": part.num_tokens, "layers": [part.first_layer, part.last_layer]}
-            about |= {"requests": [piece.request_id for piece in part.slices], "first_tokens": len(part.sampled_ids)}
-        about |= {"sms": sms, "ticket": ticket.number, "queued_ms": round(1e3 * (start_s - ticket.launched_s), 3)}
-        times = {"ts": round(1e6 * start_s, 1), "dur": round(1e6 * (end_s - start_s), 1)}
-        track = {"ph": "X", "pid": 1, "tid": TRACKS[part.lanes[0]], "cat": mode.value}
-        events.append({"name": name, **track, **times, "args": about})
-    return events
-
-
-def write_trace(path: Path, events: Iterable[dict], samples: Iterable[tuple[float, float, float]], **about) -> None:
-    """A file for ui.perfetto.dev and chrome://tracing: lanes as tracks; SMs, clock and watts as counters.
-
-    ``samples``: (seconds, SM MHz, watts). ``about`` says what ran where.
-    """
-    names = [{"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "nanodrift"}}]
-    names += [{"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": f"{lane.value} lane"}}
-              for lane, tid in TRACKS.items()]  # fmt: skip
-    counters = [{"ph": "C", "pid": 1, "name": name, "ts": round(1e6 * at_s, 1), "args": {name: value}}
-                for at_s, mhz, watts in samples for name, value in (("SM MHz", mhz), ("watts", watts))]  # fmt: skip
-    lines = ",\n".join(json.dumps(event) for event in [*names, *events, *counters])
-    path.write_text(f'{{"otherData": {json.dumps(about)}, "traceEvents": [\n{lines}\n]}}\n')

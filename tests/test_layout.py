@@ -59,7 +59,7 @@ MAY_IMPORT = {  # module: modules of nanodrift that it may import
     "kernels": set(),
     "embedded": set(),
     "server": EVERY_PART | {"startup", "llm", "server"},
-    "bench": EVERY_PART | {"startup", "llm", "bench"},
+    "bench": EVERY_PART | {"startup", "llm", "server", "bench"},  # of server: trace and power, which both want
 }
 # Modules that decide. They see neither a tensor nor a clock, so that a simulator can drive the very same objects.
 PURE = {

@@ -1,6 +1,8 @@
 """telemetry.py's books: worked by hand on a few launches, then against the simulator's own clock."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,7 +11,9 @@ from nanodrift.config import SLO
 from nanodrift.dispatch import Decision, Mode
 from nanodrift.plan import Completion, DecodeWork, FusedWork, Partition, PrefillSlice, PrefillWork, Ticket
 from nanodrift.request import Request, SamplingParams
-from nanodrift.telemetry import Telemetry, write_trace
+from nanodrift.server.power import PowerLog, nvml_reader
+from nanodrift.server.trace import Trace
+from nanodrift.telemetry import Telemetry
 
 WHOLE, SPLIT = Partition(132, 132, is_shared=True), Partition(100, 32)
 
@@ -20,7 +24,6 @@ class Machine:
     def __init__(self):
         self.requests = {}
         self.telemetry = Telemetry(self.requests, (WHOLE, SPLIT))
-        self.telemetry.record()
         self.num_tickets = 0
 
     def arrive(self, request_id, at_s):
@@ -148,13 +151,15 @@ def test_the_books_of_a_simulated_run_add_up(modes):
 
 def test_a_trace_is_json_that_viewers_know(tmp_path):
     machine = Machine()
+    executor = SimpleNamespace(device_name="a machine", partitions=(WHOLE,))
+    trace = Trace(SimpleNamespace(telemetry=machine.telemetry, executor=executor))
     machine.ran(prefill("a"), SPLIT, 0.5, 1.0)
     machine.ran(FusedWork(prefill("c", num_tokens=5), decode("a", "b")), WHOLE, 1.0, 1.002)
-    path = tmp_path / "trace.json"
-    write_trace(path, machine.telemetry.events, [(0.75, 1500.0, 690.5)], device="a machine")
-    trace = json.loads(path.read_text())
-    assert trace["otherData"] == {"device": "a machine"}
-    events = trace["traceEvents"]
+    path = tmp_path / "new" / "trace.json"
+    trace.write(path, [(0.75, 1500.0, 690.5)], simulated=True)
+    written = json.loads(path.read_text())
+    assert written["otherData"] == {"device": "a machine", "num_sms": 132, "simulated": True}
+    events = written["traceEvents"]
     slices = [(e["name"], e["tid"], e["ts"], e["dur"], e["cat"]) for e in events if e["ph"] == "X"]
     assert slices == [
         ("prefill 8", 2, 500_000.0, 500_000.0, "split"),
@@ -163,5 +168,19 @@ def test_a_trace_is_json_that_viewers_know(tmp_path):
     ]
     counters = [(e["name"], e["ts"], e["args"]) for e in events if e["ph"] == "C"]
     assert ("SMs", 500_000.0, {"decode": 32, "prefill": 100}) in counters
-    assert ("watts", 750_000.0, {"watts": 690.5}) in counters
-    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"nanodrift", "decode lane", "prefill lane"}
+    assert ("watts", 750_000.0, {"W": 690.5}) in counters
+    names = {e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert names == {"nanodrift on a machine", "decode lane", "prefill lane"}
+
+
+def test_power_is_sampled_where_it_can_be_read():
+    assert nvml_reader("GPU-of-nobody") is None and PowerLog(None).stats() == {}
+    answers = iter([(1500.0, 700.0), (1400.0, 690.0)])
+    log = PowerLog(lambda: next(answers), interval_s=0.001)  # then it fails, and the log goes on
+    deadline_s = time.monotonic() + 10
+    while len(log.samples) < 2 and time.monotonic() < deadline_s:
+        time.sleep(0.001)
+    log.close()
+    assert [sample[1:] for sample in log.samples] == [(1500.0, 700.0), (1400.0, 690.0)]
+    assert log.stats()["watts"] == 690.0
+    assert log.stats()["joules_total"] == pytest.approx(690.0 * (log.samples[1][0] - log.samples[0][0]))
