@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 
 import httpx
+import torch
 
+from nanodrift.bench import machine
 from nanodrift.config import SLO, EngineConfig
 from nanodrift.server.app import build_app
 from nanodrift.server.cli import _load, listen
@@ -197,3 +199,65 @@ def program(*arguments, **options):
         yield one
     finally:
         one.kill()
+
+
+# ---- figures, and requests on sockets of their own: clients in numbers, some of which do not behave ------------------
+
+
+@contextlib.contextmanager
+def figures_of(name: str):
+    """What tests measured: printed, and with NANODRIFT_RESULTS set to a folder kept there as ``name``.json."""
+    taken = {}
+    yield taken
+    print("\n" + json.dumps(taken, indent=1))
+    if taken and (folder := os.environ.get("NANODRIFT_RESULTS")):
+        path = Path(folder) / f"{name}.json"
+        about = machine.describe(torch.device("cpu")) | {"argv": ["pytest", f"tests/test_{name.replace('-', '_')}.py"]}
+        before = (json.loads(path.read_text()) if path.exists() else {}) | about
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(before | taken, indent=1) + "\n")
+
+
+def place_of(url: str) -> tuple[str, int]:
+    host, port = url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+def request_bytes(path: str = "/v1/completions", **body) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
+
+
+async def talk(url: str, message: bytes, read_bytes: int = 65536, pause_s: float = 0.0) -> tuple[bytes, list[float]]:
+    """Sends one request on a connection of its own. Returns the whole answer and when each part of it came."""
+    reader, writer = await asyncio.open_connection(*place_of(url), limit=read_bytes)
+    try:
+        writer.write(message)
+        parts, times_s = [], []
+        while part := await reader.read(read_bytes):
+            parts.append(part)
+            times_s.append(time.perf_counter())
+            if pause_s:
+                await asyncio.sleep(pause_s)
+        return b"".join(parts), times_s
+    finally:
+        writer.transport.abort()
+
+
+def status_of(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+def gauge(url: str, name: str) -> float:
+    text = httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"nanodrift:{name}{{"))
+
+
+def rss_mib(one: Program) -> float:
+    status = Path(f"/proc/{one.process.pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def is_quiet(url: str) -> bool:
+    return gauge(url, "num_requests_running") + gauge(url, "num_requests_waiting") == 0

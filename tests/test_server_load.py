@@ -6,21 +6,31 @@ figures; with NANODRIFT_RESULTS set to a folder these are written there as serve
 
 import asyncio
 import itertools
-import json
-import os
 import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from null_engine import HANG, SILENT
-from running_server import PATIENCE_S, Program, complete, error_of, eventually, program, running
+from running_server import (
+    PATIENCE_S,
+    complete,
+    error_of,
+    eventually,
+    figures_of,
+    gauge,
+    is_quiet,
+    place_of,
+    program,
+    request_bytes,
+    rss_mib,
+    running,
+    status_of,
+    talk,
+)
 
-from nanodrift.bench import machine
 from nanodrift.metrics import percentile
 from nanodrift.server import protocol
 from nanodrift.server.connection import Connection
@@ -30,46 +40,8 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def figures():
-    taken = {}
-    yield taken
-    print("\n" + json.dumps(taken, indent=1))
-    if folder := os.environ.get("NANODRIFT_RESULTS"):
-        path = Path(folder) / "server-load.json"
-        about = machine.describe(torch.device("cpu")) | {"argv": ["pytest", "tests/test_server_load.py"]}
-        before = (json.loads(path.read_text()) if path.exists() else {}) | about
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(before | taken, indent=1) + "\n")
-
-
-def place_of(url: str) -> tuple[str, int]:
-    host, port = url.removeprefix("http://").split(":")
-    return host, int(port)
-
-
-def request_bytes(**body) -> bytes:
-    content = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
-
-
-async def talk(url: str, message: bytes, read_bytes: int = 65536, pause_s: float = 0.0) -> tuple[bytes, list[float]]:
-    """Sends one request on a connection of its own. Returns the whole answer and when each part of it came."""
-    reader, writer = await asyncio.open_connection(*place_of(url), limit=read_bytes)
-    try:
-        writer.write(message)
-        parts, times_s = [], []
-        while part := await reader.read(read_bytes):
-            parts.append(part)
-            times_s.append(time.perf_counter())
-            if pause_s:
-                await asyncio.sleep(pause_s)
-        return b"".join(parts), times_s
-    finally:
-        writer.transport.abort()
-
-
-def status_of(answer: bytes) -> int:
-    return int(answer.split(b" ", 2)[1])
+    with figures_of("server-load") as taken:
+        yield taken
 
 
 # ---- the queue -----------------------------------------------------------------------------------------------------
@@ -224,20 +196,6 @@ def test_malformed_bodies_are_never_a_server_error(figures, monkeypatch):
 
 
 # ---- the slow tier: full counts, serve.py as a program --------------------------------------------------------------
-
-
-def gauge(url: str, name: str) -> float:
-    text = httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text
-    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"nanodrift:{name}{{"))
-
-
-def rss_mib(one: Program) -> float:
-    status = Path(f"/proc/{one.process.pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
-
-
-def is_quiet(url: str) -> bool:
-    return gauge(url, "num_requests_running") + gauge(url, "num_requests_waiting") == 0
 
 
 @pytest.mark.slow
