@@ -71,9 +71,13 @@ class BlockPool:
     def match(self, request: Request) -> None:
         """Finds the leading blocks of a waiting request that the tree has; they are remembered, not yet held.
 
-        The last find is where the next search begins, so that asking again while it waits costs next to nothing.
+        The last find is where the next search begins, so that asking again while it waits costs next to nothing. None
+        are found for a request whose tokens must all be computed.
         """
         nodes = request.nodes
+        if not request.reads_cache:
+            nodes.clear()
+            return
         while nodes and nodes[-1].parent is None:  # evicted since; leaves go first, so what stands before it is alive
             nodes.pop()
         node = nodes[-1] if nodes else self._root
@@ -89,7 +93,8 @@ class BlockPool:
         index = len(request.nodes)
         is_same_path = owner.nodes[index - 1 : index] == request.nodes[-1:]  # hence all tokens before, and the salt
         is_full = (index + 1) * BLOCK_SIZE <= request.num_tokens
-        return self.has_tree and is_full and is_same_path and _key(owner, index) == _key(request, index)
+        is_of_use = self.has_tree and request.reads_cache and is_full
+        return is_of_use and is_same_path and _key(owner, index) == _key(request, index)
 
     def admit(self, request: Request) -> None:
         """Gives a matched request its cached prefix and new blocks for its other tokens; at least one is computed."""

@@ -6,8 +6,10 @@ with Completions. A recorded list of them is a complete account of a run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 MAX_OPEN_CHUNKS = 2  # token chunks between their first and last layer: one under way, and one that was made to wait
 MAX_FUSED_TOKENS = 2048  # prompt tokens of a fused step, and ...
@@ -44,11 +46,22 @@ class RowParams:
     seed: int = 0
     banned_token_ids: tuple[int, ...] = ()  # held back (eos and stop ids) ...
     min_position: int = 0  # ... while the new token's position is below this
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    has_logprobs: bool = False  # they come back with its tokens
 
     @property
     def has_filter(self) -> bool:
         """True if the logits must be filtered before a token is drawn (off the hot path)."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def has_penalty(self) -> bool:
+        """True if logits depend on what the request has said before, or on its wishes (off the hot path too)."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1, 0, 0) or bool(self.logit_bias)
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,8 @@ class PrefillSlice:
     token_ids: tuple[int, ...]
     params: RowParams | None = None  # given iff this slice ends the prompt, so that a token is sampled after it
     writes_kv: bool = True  # False: its KV lies in blocks that are shared, hence read only; it is run for its logits
+    output_start: int | None = None  # for penalties: its tokens are counted, from this position on as output
+    next_token_ids: tuple[int, ...] = ()  # for prompt logprobs: what follows each of its tokens in the prompt
 
     @property
     def end(self) -> int:
@@ -116,6 +131,8 @@ class DecodeWork:
     positions: tuple[int, ...]  # of the token each row feeds in: the executor's tables hold the same
     has_filter: bool = False  # some row needs top-k, top-p or min-p
     has_ban: bool = False  # some row is below its min_tokens
+    has_penalty: bool = False  # some row has penalties or a bias
+    has_logprobs: bool = False  # some row wants logprobs
     new_blocks: tuple[NewBlocks, ...] = ()
 
     lanes = (Lane.DECODE,)
@@ -164,6 +181,17 @@ class Ticket:
     launched_s: float
 
 
+class Logprobs(NamedTuple):
+    """How likely the model held a token, and which it held likeliest: before temperature, penalties and filters."""
+
+    logprob: float
+    top_ids: Sequence[int] = ()  # likeliest first
+    top_logprobs: Sequence[float] = ()
+
+    def cut(self, num_top: int) -> Logprobs:
+        return Logprobs(self.logprob, self.top_ids[:num_top], self.top_logprobs[:num_top])
+
+
 @dataclass(frozen=True)
 class Completion:
     """A ticket is done: the tokens it sampled, by request id, in the work's own order."""
@@ -172,3 +200,5 @@ class Completion:
     finished_s: float  # on the executor's clock, when the host saw it
     tokens: tuple[tuple[str, int], ...] = ()
     busy_s: float = 0.0  # the device worked on it, from the moment its SMs were free to its last kernel's end
+    logprobs: tuple[Logprobs, ...] = ()  # of ``tokens``, if one of their requests wants them
+    prompt_logprobs: tuple[Logprobs, ...] = ()  # of the slices' ``next_token_ids``, one after another

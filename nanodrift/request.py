@@ -10,10 +10,19 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from nanodrift.config import SLO
-from nanodrift.plan import RowParams
+from nanodrift.plan import Logprobs, RowParams
 
 MAX_STOP_TOKEN_IDS = 16  # ids that min_tokens can hold back on the device
 MAX_STOP_STRINGS = 16
+MAX_BIASED_TOKENS = 300
+MAX_LOGPROBS = 20
+RANGES = {  # of numbers, both ends included
+    "temperature": (0, 100),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0.01, 100),
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +39,19 @@ class SamplingParams:
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     seed: int | None = None
+    presence_penalty: float = 0.0  # on tokens of the output
+    frequency_penalty: float = 0.0  # on each time they stand there
+    repetition_penalty: float = 1.0  # factor on tokens of prompt and output
+    logit_bias: dict[int, float] | None = None  # added to the logits of these token ids
+    logprobs: int | None = None  # of each output token, and this many of the likeliest; of the logits as they are
+    prompt_logprobs: int | None = None  # the same of each prompt token but the first
 
     def __post_init__(self):
         def check(ok: bool, message: str):
             if not ok:
                 raise ValueError(message)
 
-        for name in ("temperature", "top_p", "min_p"):
+        for name in (*RANGES, "top_p"):
             value = getattr(self, name)
             check(
                 isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
@@ -45,10 +60,19 @@ class SamplingParams:
         for name in ("top_k", "max_tokens", "min_tokens"):
             value = getattr(self, name)
             check(isinstance(value, int) and not isinstance(value, bool), f"{name} must be an integer, got {value!r}")
-        check(0 <= self.temperature <= 100, f"temperature must lie between 0 and 100, got {self.temperature}")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            check(low <= value <= high, f"{name} must lie between {low} and {high}, got {value}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            is_ok = value is None or (type(value) is int and 0 <= value <= MAX_LOGPROBS)
+            check(is_ok, f"{name} must be an integer between 0 and {MAX_LOGPROBS}, got {value!r}")
+        bias = self.biases
+        check(len(bias) <= MAX_BIASED_TOKENS, f"logit_bias may name {MAX_BIASED_TOKENS} tokens, got {len(bias)}")
+        check(all(token >= 0 and -100 <= value <= 100 for token, value in bias),
+              "logit_bias must give each token id a number between -100 and 100")  # fmt: skip
         check(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
         check(self.top_k >= 0, f"top_k must be 0 (off) or a positive integer, got {self.top_k}")
-        check(0 <= self.min_p <= 1, f"min_p must lie in [0, 1], got {self.min_p}")
         check(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
         check(
             0 <= self.min_tokens <= self.max_tokens,
@@ -76,6 +100,11 @@ class SamplingParams:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """logit_bias, whose ids are strings when they come from JSON. Raises ValueError for what is no number."""
+        return tuple((int(token), float(value)) for token, value in (self.logit_bias or {}).items())
 
 
 class RequestState(Enum):
@@ -114,6 +143,8 @@ class Request:
     num_preemptions: int = 0
     finish_reason: str | None = None  # stop | length | abort
     stop_reason: int | str | None = None  # the stop token id or stop string that ended it
+    logprobs: list[Logprobs] = field(default_factory=list)  # of the output tokens, if params want them
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of the prompt's second token onward
     token_s: list[float] = field(default_factory=list)  # when the host saw each output token
     scheduled_s: float | None = None  # first time it left the queue
     finished_s: float | None = None
@@ -124,6 +155,13 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def reads_cache(self) -> bool:
+        """False if all its tokens must be computed: for their logprobs, or to be counted for penalties."""
+        params, is_resumed = self.row_params, self.num_preemptions > 0
+        has_counts = params.repetition_penalty != 1 or (params.has_penalty and is_resumed)
+        return not has_counts and self.params.prompt_logprobs is None
 
     @property
     def first_token_s(self) -> float | None:

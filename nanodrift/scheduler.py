@@ -28,6 +28,7 @@ from nanodrift.plan import (
     DecodeWork,
     FusedWork,
     Lane,
+    Logprobs,
     NewBlocks,
     Partition,
     PrefillSlice,
@@ -50,6 +51,8 @@ class TokenEvent:
     finish_reason: str | None = None  # stop | length | abort
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    logprobs: tuple[Logprobs, ...] = ()  # of token_ids, if the request wants them
+    prompt_logprobs: tuple[Logprobs, ...] = ()  # with the first token
 
 
 @dataclass
@@ -131,6 +134,11 @@ class Scheduler:
             seed=request.seed,
             banned_token_ids=tuple(sorted(request.stop_token_ids)) if params.min_tokens else (),
             min_position=len(request.prompt_token_ids) + params.min_tokens,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=params.biases,
+            has_logprobs=params.logprobs is not None,
         )
         self.requests[request.request_id] = request
         self.waiting.append(request)
@@ -184,7 +192,10 @@ class Scheduler:
                 request.num_launched_tokens -= isinstance(part, DecodeWork)
                 touched.append(request)
             self._enter_written_blocks(part)
-        for request_id, token_id in completion.tokens:
+        if completion.prompt_logprobs:
+            self._take_prompt_logprobs(work.parts[0], completion.prompt_logprobs)
+        all_logprobs = completion.logprobs or itertools.repeat(None)
+        for (request_id, token_id), logprobs in zip(completion.tokens, all_logprobs):  # noqa: B905
             request = self.requests[request_id]
             if request.is_finished:
                 continue  # it ended while this step was in flight: the token is dropped
@@ -192,7 +203,7 @@ class Scheduler:
                 self.prefilling.remove(request)
                 self.running.append(request)
                 request.state = RequestState.RUNNING
-            events.append(self._take_token(request, token_id, completion.finished_s))
+            events.append(self._take_token(request, token_id, logprobs, completion.finished_s))
         for request in touched:
             self._release_if_idle(request)
         return events
@@ -223,6 +234,8 @@ class Scheduler:
             positions=tuple(r.num_tokens + r.num_launched_tokens - 1 for r in batch),
             has_filter=any(r.row_params.has_filter for r in batch),
             has_ban=any(len(r.output_token_ids) + r.num_launched_tokens < r.params.min_tokens for r in batch),
+            has_penalty=any(r.row_params.has_penalty for r in batch),
+            has_logprobs=any(r.row_params.has_logprobs for r in batch),
             new_blocks=tuple(new_blocks),
         )
         if self.decision.mode is Mode.FUSED and self._batch is None and self._num_pieces_in_flight == 0:
@@ -345,13 +358,26 @@ class Scheduler:
         params = request.row_params if end == request.num_tokens else None
         writes_kv = end > request.num_written_tokens  # else all is cached, and its last token runs for the next one
         token_ids = tuple(request.token_ids[start:end])
-        slices.append(PrefillSlice(request.request_id, request.row, start, token_ids, params, writes_kv))
+        output_start = len(request.prompt_token_ids) if request.row_params.has_penalty else None
+        wants_prompt = request.params.prompt_logprobs is not None and not request.output_token_ids
+        next_ids = tuple(request.token_ids[start + 1 : end + 1]) if wants_prompt else ()
+        slices.append(
+            PrefillSlice(request.request_id, request.row, start, token_ids, params, writes_kv, output_start, next_ids)
+        )
         request.num_computed_tokens = end
         return end - start
 
     # ---- tokens, blocks, rows ----------------------------------------------------------------------------------
 
-    def _take_token(self, request: Request, token_id: int, now_s: float) -> TokenEvent:
+    def _take_prompt_logprobs(self, work: PrefillWork, logprobs: tuple[Logprobs, ...]) -> None:
+        found = iter(logprobs)
+        for s in work.slices:
+            request, num = self.requests[s.request_id], len(s.next_token_ids)
+            if num:
+                most = request.params.prompt_logprobs
+                request.prompt_logprobs[s.start :] = [one.cut(most) for one in itertools.islice(found, num)]
+
+    def _take_token(self, request: Request, token_id: int, logprobs: Logprobs | None, now_s: float) -> TokenEvent:
         request.output_token_ids.append(token_id)
         request.token_ids.append(token_id)
         request.token_s.append(now_s)
@@ -362,9 +388,13 @@ class Scheduler:
             self.finish(request.request_id, "length")
         if request.is_finished:
             request.finished_s = now_s
-        num_cached_tokens = request.num_cached_tokens if num_output_tokens == 1 else 0
+        is_first = num_output_tokens == 1
+        num_cached_tokens = request.num_cached_tokens if is_first else 0
+        own = (logprobs.cut(request.params.logprobs),) if logprobs and request.row_params.has_logprobs else ()
+        request.logprobs.extend(own)
+        of_prompt = tuple(request.prompt_logprobs) if is_first else ()
         reasons = (request.finish_reason, request.stop_reason)
-        return TokenEvent(request.request_id, (token_id,), *reasons, num_cached_tokens)
+        return TokenEvent(request.request_id, (token_id,), *reasons, num_cached_tokens, own, of_prompt)
 
     def _enter_written_blocks(self, work: Work) -> None:
         """Completed work has written KV: where that fills a block, others may use it from now on."""
