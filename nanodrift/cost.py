@@ -4,23 +4,40 @@ The paper's contention-tolerant estimator (arXiv 2504.14489, section 3.3): solo 
 factor learned per coarse cell for what the other lane costs. Solo time is the time of the weight products, which
 prefill, decode and fused steps share since weights are read once whoever asks, plus attention, which they do not:
 
-    products(M, n)  = max(weight bytes / bandwidth(n), 2 parameters M / rate(n))        M tokens on n SMs
-    prefill attn    = (sum n_i^2 / 2 + sum n_i r_i) * 4 H D L / attention rate(n)       n_i new tokens after r_i
-    decode attn     = sum context_i * KV bytes per token / KV bandwidth(n)
+    products(M, n)  = a table of measured passes over (M tokens, n SMs), straight lines between; before calibration
+                      max(weight bytes / bandwidth(n), 2 parameters M / rate(n))
+    prefill attn    = sum n_i^2 / 2 * 4 H D L / causal rate(n) + sum n_i r_i * 4 H D L / prefix rate(n)
+                      n_i new tokens after r_i; fewer tokens than fill the SMs leave some of them idle
+    decode attn     = (sum context_i + start * batch) * KV bytes per token / KV bandwidth(n)
     side by side    = the slower of two attentions on their own SMs, times contention, plus fork and join
 
-A profile holds the machine's figures: measured by calibration, or the prior below until then. Pure arithmetic: imports
-no torch and reads no clock. Used by the dispatcher to choose and by the simulator to pass time.
+A ``Profile`` holds one machine's figures: measured by ``bench.py calibrate`` and found in profiles/ by GPU and model
+shape, or a prior scaled from what is known of the device. Traffic keeps correcting both: ``Observer`` looks at every
+completion, learns ``CostModel.scales`` from steps that ran alone and the ``Guard`` from those that ran beside others.
+
+Pure arithmetic: imports no torch and reads no clock. The dispatcher chooses by it, the simulator passes time by it.
 """
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
 
-from nanodrift.config import ModelConfig
-from nanodrift.plan import DecodeWork, FusedWork, Lane, PrefillSlice, PrefillWork, Work
+from nanodrift.config import ConfigError, ModelConfig
+from nanodrift.plan import Completion, DecodeWork, FusedWork, Lane, PrefillSlice, PrefillWork, Work
+
+PROFILES = Path(__file__).parent / "profiles"
+SHAPE = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
+         "is_head_tied")  # what of a model decides its times  # fmt: skip
+ANY_SMS = 0  # in place of an SM count: of all together
+ALONE_SHARE, BESIDE_SHARE = 0.1, 0.75  # of a step's time beside the other lane: at most, at least
+ATTENTION_ROWS_PER_SM = 128  # query rows, all heads counted, that prefill attention keeps in an SM at once
 
 
 @dataclass(frozen=True)
@@ -42,30 +59,83 @@ class Curve:
 
 @dataclass(frozen=True)
 class Profile:
-    """One machine's figures, sustained (clocks as they settle under load)."""
+    """One machine's figures, sustained (clocks as they settle under load). JSON keeps curves as lists of points."""
 
     name: str
     num_sms: int
     weight_bytes_per_s: Curve  # of a product at few tokens
     kv_bytes_per_s: Curve  # of decode attention
     flops_per_s: Curve  # of a product at many tokens
-    attention_flops_per_s: Curve  # of prefill attention, causal half counted
+    attention_flops_per_s: Curve  # of prefill attention among new tokens, the causal half counted
+    prefix_flops_per_s: Curve  # of prefill attention over what came before
     step_overhead_s: float  # kernels of a pass that the formulas do not count
     fork_join_s: float  # of one layer whose two attentions run side by side
     host_launch_s: float  # of a prefill piece, a layer
-    is_measured: bool = False
+    kv_start_tokens: float = 0.0  # what starting on a request costs decode attention, in tokens of context
+    beside_factor: float = 1.1  # what two attentions beside each other cost the slower one
+    passes: tuple[tuple[int, Curve], ...] = ()  # (tokens, passes through all layers' products per second)
+    factors: tuple[tuple, ...] = ()  # of the guard: lane, the fields of Cell, mean, worst, samples
+    gpu: str = ""  # the rest: what this was measured on, and how
+    dtype: str = ""
+    model: dict = field(default_factory=dict)  # shape
+    conditions: dict = field(default_factory=dict)  # versions, clocks, watts
+
+    @property
+    def is_measured(self) -> bool:
+        return bool(self.passes)
+
+    def fits(self, device_name: str, config: ModelConfig, dtype: object) -> bool:
+        """Whether it was measured on such a device with weights of this shape, whatever the model is called."""
+        shape = {key: getattr(config, key) for key in SHAPE}
+        return (self.gpu, self.model, self.dtype) == (device_name, shape, str(dtype).removeprefix("torch."))
+
+
+def read_profile(path: str | Path) -> Profile:
+    """Raises ConfigError if the file cannot be read or is no profile."""
+
+    def curve(points: list) -> Curve:
+        return Curve(tuple((int(x), float(y)) for x, y in points))
+
+    try:
+        raw = json.loads(Path(path).read_text())
+        values = {key: curve(value) if key.endswith("_per_s") else value for key, value in dict(raw).items()}
+        values["passes"] = tuple((num_tokens, curve(points)) for num_tokens, points in raw["passes"])
+        return Profile(**values | {"factors": tuple(map(tuple, raw["factors"]))})
+    except (OSError, TypeError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is no cost profile of this version ({error}): bench.py calibrate makes one"
+        ) from None
+
+
+def find_profile(device_name: str, config: ModelConfig, dtype: object, folder: Path = PROFILES) -> Profile | None:
+    """The shipped profile of this device, shape and dtype (a torch dtype or its name), or None."""
+    profiles = map(read_profile, sorted(folder.glob("*.json")))
+    return next((profile for profile in profiles if profile.fits(device_name, config, dtype)), None)
 
 
 def h200_prior() -> Profile:
-    """An H200 before calibration: the curves of DESIGN section 1 and of this engine's first bench (results/h200)."""
-    tera = 1e12
+    """An H200 before calibration: the curves of this engine's first benches (results/h200)."""
+    return prior_for("H200 prior", 132, 4.8e12, 989e12)
+
+
+def prior_for(device_name: str, num_sms: int, bandwidth_bytes_per_s: float, flops_per_s: float) -> Profile:
+    """A device nobody has calibrated: an H200's shares of its peaks, at the same shares of the SMs.
+
+    The arguments are peaks as a datasheet has them: 4.8e12 and 989e12 (dense, 16 bit) for an H200 of 132 SMs.
+    """
+    whole, byte, flop = num_sms / 132, bandwidth_bytes_per_s / 4.8, flops_per_s / 989
+
+    def curve(unit: float, *points: tuple[int, float]) -> Curve:
+        return Curve(tuple((max(1, round(sms * whole)), value * unit) for sms, value in points))
+
     return Profile(
-        name="H200 prior",
-        num_sms=132,
-        weight_bytes_per_s=Curve(((16, 1.95 * tera), (32, 3.0 * tera), (64, 3.95 * tera), (132, 4.15 * tera))),
-        kv_bytes_per_s=Curve(((16, 1.0 * tera), (32, 1.9 * tera), (64, 3.0 * tera), (132, 3.4 * tera))),
-        flops_per_s=Curve(((64, 365 * tera), (96, 520 * tera), (132, 670 * tera))),
-        attention_flops_per_s=Curve(((132, 420 * tera),)),
+        name=device_name,
+        num_sms=num_sms,
+        weight_bytes_per_s=curve(byte, (16, 1.95), (32, 3.0), (64, 3.95), (132, 4.15)),
+        kv_bytes_per_s=curve(byte, (16, 1.0), (32, 1.9), (64, 3.0), (132, 3.4)),
+        flops_per_s=curve(flop, (64, 365), (96, 520), (132, 670)),
+        attention_flops_per_s=curve(flop, (132, 420)),
+        prefix_flops_per_s=curve(flop, (132, 480)),
         step_overhead_s=0.8e-3,
         fork_join_s=2.0e-6,
         host_launch_s=0.2e-3,
@@ -79,21 +149,23 @@ class PrefillLoad:
     num_tokens: int = 0
     num_pairs: float = 0.0  # query-key pairs: sum of n^2 / 2 + n r
     num_sampled: int = 0
+    num_prefix_pairs: float = 0.0  # of the pairs, those with what came before: sum of n r
 
     @classmethod
     def of(cls, slices: Iterable[PrefillSlice]) -> PrefillLoad:
         num_tokens = num_sampled = 0
-        num_pairs = 0.0
+        num_causal = num_prefix = 0.0
         for piece in slices:
             n = len(piece.token_ids)
             num_tokens += n
-            num_pairs += n * n / 2 + n * piece.start
+            num_causal += n * n / 2
+            num_prefix += n * piece.start
             num_sampled += piece.params is not None
-        return cls(num_tokens, num_pairs, num_sampled)
+        return cls(num_tokens, num_causal + num_prefix, num_sampled, num_prefix)
 
     @classmethod
     def of_chunk(cls, num_tokens: int, start: int) -> PrefillLoad:
-        return cls(num_tokens, num_tokens * num_tokens / 2 + num_tokens * start)
+        return cls(num_tokens, num_tokens * num_tokens / 2 + num_tokens * start, 0, num_tokens * start)
 
 
 @dataclass(frozen=True)
@@ -108,86 +180,152 @@ class DecodeLoad:
         return cls(len(work.rows), sum(work.positions) + len(work.positions))
 
 
+@dataclass(frozen=True)
+class _Site:
+    """A profile's figures at one SM count, for one model: what is left is to multiply and add."""
+
+    tokens: tuple[float, ...]
+    seconds: tuple[float, ...]  # of all layers' products on so many tokens: flat below the first, proportional above
+    causal_s: float  # of prefill attention, a query-key pair
+    prefix_s: float
+    full_tokens: float  # new tokens that prefill attention needs to have work for all these SMs
+    kv_s: float  # of decode attention, a token of context
+
+
 class CostModel:
     """Predicted seconds of one model's work on one machine."""
 
     def __init__(self, config: ModelConfig, profile: Profile, itemsize: int = 2):
-        self.profile, self.num_layers = profile, config.num_layers
-        self._head_parameters = config.vocab_size * config.hidden_size
+        self.config, self.profile, self.num_layers = config, profile, config.num_layers
+        self.scales: dict[tuple[type, int], float] = {}  # actual over predicted: by kind of work and SM count
+        self._num_corrections: dict[tuple[type, int], int] = {}
+        head_parameters = config.vocab_size * config.hidden_size
         vocabularies = 1 if config.is_head_tied else 2
-        self._layer_parameters = config.num_parameters - vocabularies * self._head_parameters
+        self._layer_parameters = config.num_parameters - vocabularies * head_parameters
+        self._head_share = head_parameters / self._layer_parameters
         self._itemsize = itemsize
-        self._kv_bytes_per_token = config.num_kv_values_per_token * itemsize
-        self._flops_per_pair = 4 * config.num_heads * config.head_dim * config.num_layers
+        self._sites: dict[int, _Site] = {}
 
     def products_s(self, num_tokens: int, num_sms: int) -> float:
         """All weight products of all layers on ``num_tokens`` tokens."""
-        return self._product_s(self._layer_parameters, num_tokens, num_sms)
+        if num_tokens == 0:
+            return 0.0
+        site = self._at(num_sms)
+        right = bisect_right(site.tokens, num_tokens)
+        if right == 0:
+            return site.seconds[0]
+        if right == len(site.tokens):
+            return site.seconds[-1] * num_tokens / site.tokens[-1]
+        x0, x1, y0, y1 = *site.tokens[right - 1 : right + 1], *site.seconds[right - 1 : right + 1]
+        return y0 + (y1 - y0) * (num_tokens - x0) / (x1 - x0)
 
     def prefill_s(self, load: PrefillLoad, num_sms: int) -> float:
         """A token chunk through all layers, and the head for the prompts that end in it."""
-        attention_s = load.num_pairs * self._flops_per_pair / self.profile.attention_flops_per_s.at(num_sms)
-        return self._pass_s(load.num_tokens, load.num_sampled, num_sms) + attention_s
+        device_s = self._pass_s(load.num_tokens, load.num_sampled, num_sms) + self._prefill_attention_s(load, num_sms)
+        return self.scale(PrefillWork, num_sms) * max(device_s, self.profile.host_launch_s * self.num_layers)
 
     def decode_s(self, load: DecodeLoad, num_sms: int) -> float:
-        return self._pass_s(load.batch, load.batch, num_sms) + self._decode_attention_s(load, num_sms)
+        step_s = self._pass_s(load.batch, load.batch, num_sms) + self._decode_attention_s(load, num_sms)
+        return self.scale(DecodeWork, num_sms) * step_s
 
     def fused_s(self, prefill: PrefillLoad, decode: DecodeLoad, prefill_sms: int, decode_sms: int) -> float:
         """One pass for both on the whole chip; the attentions side by side if their SMs fit beside each other."""
         whole = self.profile.num_sms
         rest_s = self._pass_s(prefill.num_tokens + decode.batch, prefill.num_sampled + decode.batch, whole)
-        flops = prefill.num_pairs * self._flops_per_pair
+        attentions = self._prefill_attention_s(prefill, prefill_sms), self._decode_attention_s(decode, decode_sms)
         if prefill_sms + decode_sms > whole:
-            attention_s = flops / self.profile.attention_flops_per_s.at(whole) + self._decode_attention_s(decode, whole)
+            attention_s = sum(attentions)
         else:
-            side_s = flops / self.profile.attention_flops_per_s.at(prefill_sms)
-            attention_s = max(side_s, self._decode_attention_s(decode, decode_sms))
-            attention_s += self.profile.fork_join_s * self.num_layers
-        return rest_s + attention_s
+            attention_s = max(attentions) * self.profile.beside_factor + self.profile.fork_join_s * self.num_layers
+        return self.scale(FusedWork, decode_sms) * (rest_s + attention_s)
 
     def work_s(self, work: Work, prefill_sms: int, decode_sms: int) -> float:
         """Solo seconds of a launched piece of work."""
         if isinstance(work, PrefillWork):
             load = PrefillLoad.of(work.slices)
             share = (work.last_layer - work.first_layer) / self.num_layers
-            head_s = self._product_s(self._head_parameters, load.num_sampled, prefill_sms) if work.is_last else 0.0
-            return self.prefill_s(PrefillLoad(load.num_tokens, load.num_pairs), prefill_sms) * share + head_s
+            head_s = self._head_share * self.products_s(load.num_sampled, prefill_sms) if work.is_last else 0.0
+            layers_s = self.prefill_s(replace(load, num_sampled=0), prefill_sms) * share
+            return layers_s + self.scale(PrefillWork, prefill_sms) * head_s
         if isinstance(work, FusedWork):
             prefill, decode = PrefillLoad.of(work.prefill.slices), DecodeLoad.of(work.decode)
             return self.fused_s(prefill, decode, prefill_sms, decode_sms)
         return self.decode_s(DecodeLoad.of(work), decode_sms)
 
+    def scale(self, kind: type, num_sms: int) -> float:
+        """What traffic has taught about this kind of work there, or elsewhere if it has not run there yet."""
+        return self.scales.get((kind, num_sms)) or self.scales.get((kind, ANY_SMS), 1.0)
+
+    def correct(self, kind: type, num_sms: int, predicted_s: float, actual_s: float) -> None:
+        """Takes in one step that ran alone. Slow, slower where the profile was measured: one step proves little."""
+        ratio = min(max(actual_s / predicted_s * self.scale(kind, num_sms), 0.2), 5.0)
+        for key in ((kind, num_sms), (kind, ANY_SMS)):
+            num = self._num_corrections.get(key, 50 if self.profile.is_measured else 3) + 1
+            self._num_corrections[key] = num
+            self.scales[key] = self.scale(*key) + max(0.01, 1 / num) * (ratio - self.scale(*key))
+
+    def _at(self, num_sms: int) -> _Site:
+        if num_sms not in self._sites:
+            self._sites[num_sms] = self._make_site(num_sms)
+        return self._sites[num_sms]
+
+    def _make_site(self, num_sms: int) -> _Site:
+        profile, config = self.profile, self.config
+        if profile.passes:
+            tokens = tuple(num_tokens for num_tokens, _ in profile.passes)
+            seconds = tuple(accumulate((1 / rate.at(num_sms) for _, rate in profile.passes), max))
+        else:  # the roofline: reading the weights up to the knee, multiplying beyond it
+            bytes_s = self._layer_parameters * self._itemsize / profile.weight_bytes_per_s.at(num_sms)
+            knee = bytes_s * profile.flops_per_s.at(num_sms) / (2 * self._layer_parameters)
+            tokens, seconds = (knee, 2 * knee), (bytes_s, 2 * bytes_s)
+        flops_per_pair = 4 * config.num_heads * config.head_dim * config.num_layers
+        return _Site(
+            tokens,
+            seconds,
+            causal_s=flops_per_pair / profile.attention_flops_per_s.at(num_sms),
+            prefix_s=flops_per_pair / profile.prefix_flops_per_s.at(num_sms),
+            full_tokens=num_sms * ATTENTION_ROWS_PER_SM / config.num_heads,
+            kv_s=config.num_kv_values_per_token * self._itemsize / profile.kv_bytes_per_s.at(num_sms),
+        )
+
     def _pass_s(self, num_tokens: int, num_sampled: int, num_sms: int) -> float:
-        head_s = self._product_s(self._head_parameters, num_sampled, num_sms)
+        head_s = self._head_share * self.products_s(num_sampled, num_sms)
         return self.products_s(num_tokens, num_sms) + head_s + self.profile.step_overhead_s
 
-    def _product_s(self, num_parameters: int, num_tokens: int, num_sms: int) -> float:
-        if num_tokens == 0:
-            return 0.0
-        bytes_s = num_parameters * self._itemsize / self.profile.weight_bytes_per_s.at(num_sms)
-        return max(bytes_s, 2 * num_parameters * num_tokens / self.profile.flops_per_s.at(num_sms))
+    def _prefill_attention_s(self, load: PrefillLoad, num_sms: int) -> float:
+        site = self._at(num_sms)
+        full_s = (load.num_pairs - load.num_prefix_pairs) * site.causal_s + load.num_prefix_pairs * site.prefix_s
+        return full_s * max(1.0, site.full_tokens / max(load.num_tokens, 1))
 
     def _decode_attention_s(self, load: DecodeLoad, num_sms: int) -> float:
-        return load.context_tokens * self._kv_bytes_per_token / self.profile.kv_bytes_per_s.at(num_sms)
+        return (load.context_tokens + self.profile.kv_start_tokens * load.batch) * self._at(num_sms).kv_s
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A coarse region of co-run states that shares its contention factors."""
+    """A coarse region of states that shares its factors. A lane that ran alone has the other's fields at 0."""
 
     decode_sms: int
     log_batch: int  # powers of two
     log_context: int  # powers of four, of the batch's context in tokens
     log_prefill: int  # powers of four, of the chunk's tokens
+    is_fused: bool = False
 
     @classmethod
-    def of(cls, prefill: PrefillLoad, decode: DecodeLoad, decode_sms: int) -> Cell:
-        return cls(
-            decode_sms,
-            max(decode.batch, 1).bit_length(),
-            max(decode.context_tokens, 1).bit_length() // 2,
-            max(prefill.num_tokens, 1).bit_length() // 2,
-        )
+    def of(cls, prefill: PrefillLoad, decode: DecodeLoad, decode_sms: int, is_fused: bool = False) -> Cell:
+        logs = decode.batch.bit_length(), (decode.context_tokens.bit_length() + 1) // 2
+        return cls(decode_sms, *logs, (prefill.num_tokens.bit_length() + 1) // 2, is_fused)
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether two pieces of work share the device here."""
+        return not self.is_fused and self.log_batch > 0 and self.log_prefill > 0
+
+    def is_near(self, other: Cell) -> bool:
+        steps = abs(self.decode_sms - other.decode_sms) / 16, self.log_batch - other.log_batch
+        steps += self.log_context - other.log_context, self.log_prefill - other.log_prefill
+        is_like = (self.is_fused, self.is_beside) == (other.is_fused, other.is_beside)
+        return is_like and max(map(abs, steps)) <= 1
 
 
 @dataclass
@@ -196,49 +334,137 @@ class Factor:
 
     mean: float
     worst: float
-    num_samples: int = 0
+    num_samples: int = 0  # 0: inferred from neighbours, or the prior
 
 
 @dataclass
 class Guard:
-    """Contention factors by lane and cell, corrected by every co-run step that is seen.
+    """Factors by lane and cell, corrected by every step that is seen. A fused step stands under the decode lane.
 
     A cell never seen takes the worst seen neighbour, or the prior. ``worst`` follows a slower step at once and forgives
     slowly, never below the mean times ``floor``.
     """
 
-    prior_mean: float = 1.12
+    prior_mean: float = 1.12  # beside the other lane
     prior_worst: float = 1.25
+    alone_worst: float = 1.06  # alone or fused: what solo predictions miss by
     decay: float = 0.02
+    forgiveness: float = 0.001  # a step: half of an excess is forgotten after some 700
     floor: float = 1.03
     factors: dict[tuple[Lane, Cell], Factor] = field(default_factory=dict)
+    _inferred: dict[tuple[Lane, Cell], Factor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, profile: Profile) -> Guard:
+        """Starts from what calibration measured; between its cells, from the worst of them."""
+        guard = cls()
+        for lane, *cell, mean, worst, num_samples in profile.factors:
+            guard.factors[Lane(lane), Cell(*cell)] = Factor(mean, worst, num_samples)
+        if beside := [factor for (_, cell), factor in guard.factors.items() if cell.is_beside]:
+            guard.prior_mean, guard.prior_worst = median(f.mean for f in beside), max(f.worst for f in beside)
+        return guard
 
     def factor(self, lane: Lane, cell: Cell) -> Factor:
-        known = self.factors.get((lane, cell))
-        if known is not None:
-            return known
-        near = [f for (of_lane, other), f in self.factors.items() if of_lane is lane and _is_neighbour(other, cell)]
-        if near:
+        known = self.factors.get((lane, cell)) or self._inferred.get((lane, cell))
+        if known is None:
+            known = self._inferred[lane, cell] = self._infer(lane, cell)
+        return known
+
+    def _infer(self, lane: Lane, cell: Cell) -> Factor:
+        if near := [f for (of, other), f in self.factors.items() if of is lane and cell.is_near(other)]:
             return Factor(max(f.mean for f in near), max(f.worst for f in near))
-        return Factor(self.prior_mean, self.prior_worst)
+        return Factor(self.prior_mean, self.prior_worst) if cell.is_beside else Factor(1.0, self.alone_worst)
 
     def observe(self, lane: Lane, cell: Cell, solo_s: float, actual_s: float) -> None:
-        """Takes in one co-run step: what was predicted for it alone, and what it took."""
-        ratio = actual_s / solo_s
-        known = self.factors.get((lane, cell))
+        """Takes in one step: what was predicted for it alone, and what it took."""
+        ratio, known = actual_s / solo_s, self.factors.get((lane, cell))
         if known is None:
-            self.factors[(lane, cell)] = Factor(ratio, max(ratio * self.floor, self.factor(lane, cell).worst), 1)
-            return
+            worst = max(ratio * self.floor, self.factor(lane, cell).worst)
+            known = self.factors[lane, cell] = Factor(ratio, worst)
+            self._inferred.clear()
         known.num_samples += 1
-        weight = max(self.decay, 1 / known.num_samples)
-        known.mean += weight * (ratio - known.mean)
-        known.worst = max(ratio, known.worst - self.decay * (known.worst - known.mean), known.mean * self.floor)
+        known.mean += max(self.decay, 1 / known.num_samples) * (ratio - known.mean)
+        forgiven = known.worst - self.forgiveness * (known.worst - known.mean)
+        known.worst = max(ratio, forgiven, known.mean * self.floor)
+        if known.worst == ratio:
+            self._inferred.clear()
 
 
-def _is_neighbour(a: Cell, b: Cell) -> bool:
-    return (
-        abs(a.decode_sms - b.decode_sms) <= 16
-        and abs(a.log_batch - b.log_batch) <= 1
-        and abs(a.log_context - b.log_context) <= 1
-        and abs(a.log_prefill - b.log_prefill) <= 1
-    )
+class Observer:
+    """Compares every completion with its prediction, then lets it correct the cost model and the guard.
+
+    A step is judged when the other lane has reported past its end: only then is known what ran beside it. Steps that
+    were alone correct the solo times too; steps with a bit of both say little and are left out.
+    """
+
+    def __init__(self, cost: CostModel, guard: Guard):
+        self.cost, self.guard = cost, guard
+        self.seen: dict[str, deque[tuple[float, float]]] = {}  # (mean, guarded prediction) / actual, by kind of step
+        self._recent = {lane: deque(maxlen=256) for lane in Lane}
+        self._waiting: deque[Completion] = deque(maxlen=256)
+
+    def observe(self, completion: Completion) -> None:
+        if completion.busy_s <= 0:
+            return
+        work = completion.ticket.work
+        if completion.ticket.partition.is_shared or isinstance(work, FusedWork):
+            self._judge(completion, None)
+            return
+        self._recent[work.lanes[0]].append(completion)
+        self._waiting.append(completion)
+        while self._waiting:
+            step = self._waiting[0]
+            others = self._recent[Lane.DECODE if step.ticket.work.lanes[0] is Lane.PREFILL else Lane.PREFILL]
+            if not others or others[-1].finished_s < step.finished_s:
+                return
+            beside, share = _beside(self._waiting.popleft(), others)
+            if not ALONE_SHARE < share < BESIDE_SHARE:
+                self._judge(step, beside if share >= BESIDE_SHARE else None)
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """By kind of step: error of the mean prediction, share of guard violations, median of guarded over actual."""
+        found = {}
+        for kind, seen in sorted(self.seen.items()):
+            errors, guarded = [abs(mean - 1) for mean, _ in seen], [worst for _, worst in seen]
+            found[kind] = {
+                "num_steps": len(seen),
+                "error_p50": _quantile(errors, 0.5),
+                "error_p95": _quantile(errors, 0.95),
+            }
+            found[kind] |= {"violations": sum(ratio < 1 for ratio in guarded) / len(seen)}
+            found[kind] |= {"guarded_over_actual": _quantile(guarded, 0.5)}
+        return found
+
+    def _judge(self, step: Completion, beside: Completion | None) -> None:
+        work, partition = step.ticket.work, step.ticket.partition
+        parts = {part.lanes[0]: part for part in (*work.parts, *(beside.ticket.work.parts if beside else ()))}
+        prefill = PrefillLoad.of(parts[Lane.PREFILL].slices) if Lane.PREFILL in parts else PrefillLoad()
+        decode = DecodeLoad.of(parts[Lane.DECODE]) if Lane.DECODE in parts else DecodeLoad()
+        cell, lane = Cell.of(prefill, decode, partition.decode_sms, isinstance(work, FusedWork)), work.lanes[-1]
+        solo_s = self.cost.work_s(work, partition.prefill_sms, partition.decode_sms)
+        factor = self.guard.factor(lane, cell)
+        kind = "fused" if cell.is_fused else f"{lane.value} beside" if beside else lane.value
+        ratios = solo_s * factor.mean / step.busy_s, solo_s * factor.worst / step.busy_s
+        self.seen.setdefault(kind, deque(maxlen=4096)).append(ratios)
+        if beside is None:
+            num_sms = partition.prefill_sms if isinstance(work, PrefillWork) else partition.decode_sms
+            self.cost.correct(type(work), num_sms, solo_s, step.busy_s)
+        self.guard.observe(lane, cell, solo_s, step.busy_s)
+
+
+def _beside(step: Completion, others: deque[Completion]) -> tuple[Completion | None, float]:
+    """What of the other lane ran beside a step for longest, and the share of its time that anything did."""
+    started_s, overlaps = step.finished_s - step.busy_s, []
+    for other in reversed(others):
+        if other.finished_s <= started_s:
+            break
+        overlap_s = min(step.finished_s, other.finished_s) - max(started_s, other.finished_s - other.busy_s)
+        overlaps.append((max(overlap_s, 0.0), other))
+    longest = max(overlaps, key=lambda pair: pair[0], default=(0.0, None))
+    return longest[1], sum(overlap_s for overlap_s, _ in overlaps) / step.busy_s
+
+
+def _quantile(values: Iterable[float], share: float) -> float:
+    """Nearest rank, as in metrics.py."""
+    ordered = sorted(values)
+    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]

@@ -39,7 +39,10 @@ class _InFlight:
 
 
 class SimExecutor:
-    """A machine of ``cost``'s profile. ``guard`` holds the true contention factors of this machine."""
+    """A machine of ``cost``'s profile. ``guard`` holds the true contention factors of this machine.
+
+    An Observer that is to learn must be given another CostModel and another Guard: these are the truth.
+    """
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class SimExecutor:
         self.device_name = f"simulated {cost.profile.name}"
         self.busy_s = {Lane.PREFILL: 0.0, Lane.DECODE: 0.0}  # time each lane had work running
         self.timeline: list[Span] = []
-        self._cost, self._guard = cost, guard or Guard()
+        self._cost, self._guard = cost, guard or Guard.of(cost.profile)
         self._num_tickets = 0
         self._queue: list[_InFlight] = []  # in launch order; what runs is decided by _running
 
