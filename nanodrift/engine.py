@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 
 from nanodrift.config import SLO
+from nanodrift.cost import Observer
 from nanodrift.executor import Executor
 from nanodrift.plan import Lane
 from nanodrift.request import Request, SamplingParams
@@ -30,8 +31,9 @@ class Engine:
         eos_token_ids: tuple[int, ...] = (),
         slo: SLO | None = None,
         seed: int = 0,
+        observer: Observer | None = None,
     ):
-        self.scheduler, self.executor = scheduler, executor
+        self.scheduler, self.executor, self.observer = scheduler, executor, observer
         self.vocab_size, self.eos_token_ids = vocab_size, frozenset(eos_token_ids)
         self.slo, self.seed = slo or SLO(), seed
         self.num_prompt_tokens = 0
@@ -109,6 +111,8 @@ class Engine:
         for completion in self.executor.wait(until_s):
             events += self.scheduler.on_complete(completion)
             self.telemetry.on_complete(completion)
+            if self.observer is not None:
+                self.observer.observe(completion)
         self._count(events)
         return events
 
@@ -131,6 +135,10 @@ class Engine:
             **self.telemetry.stats(),
             **{f"num_finished_{reason}_total": count for reason, count in self.num_finished.items()},
         }
+
+    def predictions(self) -> dict[str, dict[str, float]]:
+        """How good the predictions of late were, by kind of step: see cost.Observer. Takes milliseconds: ask seldom."""
+        return self.observer.report() if self.observer is not None else {}
 
     def close(self) -> None:
         self.executor.close()
