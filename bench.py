@@ -1,16 +1,18 @@
 """Measures nanodrift on this machine. ``python bench.py --help`` names the modes; the work is in nanodrift/bench/."""
 
+import importlib
 import sys
 
+OWN_COMMAND_LINES = {  # modes with a parser of their own; explain, sim and a simulated sweep need no torch
+    "explain": "explain",
+    "sim": "simulate",
+    "sweep": "sweep",
+}
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["explain"]:  # these two need no torch, which the others import
-        from nanodrift.bench import explain
-
-        sys.exit(explain.main(sys.argv[2:]))
-    if sys.argv[1:2] == ["sim"]:
-        from nanodrift.bench import simulate
-
-        sys.exit(simulate.main(sys.argv[2:]))
+    if sys.argv[1:2] and sys.argv[1] in OWN_COMMAND_LINES:
+        mode = importlib.import_module(f"nanodrift.bench.{OWN_COMMAND_LINES[sys.argv[1]]}")
+        sys.exit(mode.main(sys.argv[2:]))
     from nanodrift.bench.cli import main
 
     sys.exit(main())

@@ -65,12 +65,19 @@ def test_modes_restrict_the_dispatcher():
     [
         (("--policy", "best"), "chunked-auto"),
         (("--workload", "poems"), "sharegpt"),
-        (("--modes", "sideways"), "sideways"),
-        (("--policy", "static", "--decode-sms", "40"), "16, 32"),
+        (("--policy", "static:40"), "16, 32"),
+        (("--policy", "mux:sideways"), "sideways"),
+        (("--policy", "chunked:few"), "chunked:TOKENS"),
+        (("--rates", "fast"), "requests/s"),
+        (("--max-num-seqs", "3"), "--max-num-seqs"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(capsys, argv, message):
-    assert simulate.main([*SMALL, *argv]) == 2
+    try:
+        code = simulate.main([*SMALL, *argv])
+    except SystemExit as exit:  # argparse found it
+        code = exit.code
+    assert code == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""

@@ -16,7 +16,7 @@ import threading
 import time
 from importlib import metadata
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 
@@ -96,15 +96,20 @@ def sustained_s(call, device: torch.device) -> float:
 
 
 class PowerLog:
-    """SM clock (MHz) and board power (W), sampled while the ``with`` block runs; None where unknown."""
+    """SM clock (MHz), board power (W) and energy (J), sampled while the ``with`` block runs; None where unknown."""
 
     def __init__(self, device: torch.device):
         self.samples: list[tuple[float, float]] = []
+        self.joules: float | None = None
         self._read, self._interval_s = _power_reader(device) if device.type == "cuda" else (None, 0.0)
+        self._energy = _energy_reader(device) if device.type == "cuda" else None
+        self._start_j = self._start_s = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self):
+        self._start_s = time.perf_counter()
+        self._start_j = self._energy() if self._energy else 0.0
         if self._read:
             self._thread.start()
         return self
@@ -113,6 +118,10 @@ class PowerLog:
         self._stop.set()
         if self._read:
             self._thread.join()
+        if self._energy:
+            self.joules = self._energy() - self._start_j
+        elif self.samples:
+            self.joules = fmean(watts for _, watts in self.samples) * (time.perf_counter() - self._start_s)
 
     def _sample(self):
         while not self._stop.wait(self._interval_s):
@@ -124,15 +133,34 @@ class PowerLog:
             return {"sm_mhz": None, "watts": None}
         return {"sm_mhz": median(s[0] for s in self.samples), "watts": median(s[1] for s in self.samples)}
 
+    def figures(self, num_tokens: int) -> dict:
+        """The medians, and how many of the run's tokens a joule paid for; after the ``with`` block."""
+        per_joule = num_tokens / self.joules if self.joules else None
+        return self.medians() | {"joules": self.joules, "tokens_per_joule": per_joule}
+
+
+def _nvml_device(device: torch.device):
+    """(the bindings, the device's handle). Raises whatever is missing."""
+    from cuda.bindings import nvml
+
+    nvml.init_v2()
+    return nvml, nvml.device_get_handle_by_uuid(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+
+
+def _energy_reader(device: torch.device):
+    """A function that returns the joules drawn since the driver was loaded, or None."""
+    try:
+        nvml, handle = _nvml_device(device)
+        nvml.device_get_total_energy_consumption(handle)
+        return lambda: nvml.device_get_total_energy_consumption(handle) / 1e3
+    except Exception:  # no binding, or a card without the counter
+        return None
+
 
 def _power_reader(device: torch.device):
     """(a function that returns (SM MHz, W), seconds between calls): NVML, else nvidia-smi, else (None, 0)."""
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     try:
-        from cuda.bindings import nvml
-
-        nvml.init_v2()
-        handle = nvml.device_get_handle_by_uuid(uuid)
+        nvml, handle = _nvml_device(device)
 
         def read():
             clock = nvml.device_get_clock_info(handle, nvml.ClockType.CLOCK_SM)
@@ -143,6 +171,7 @@ def _power_reader(device: torch.device):
     except Exception:  # no binding, an older one, or no permission: the command line tool may still answer
         if not shutil.which("nvidia-smi"):
             return None, 0.0
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
     def ask():
         query = "--query-gpu=clocks.sm,power.draw"

@@ -48,11 +48,12 @@ def add_engine_options(parser: argparse.ArgumentParser, but: tuple[str, ...] = (
 
 def add_engine_option(group, field) -> None:
     flag, kind = f"--{field.name.replace('_', '-')}", str(field.type)
+    more = {"default": argparse.SUPPRESS, "help": f"default {field.default}"}
     if kind.startswith("bool"):
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"default {field.default}")
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **more)
     else:
         value = int if kind.startswith("int") else float if kind.startswith("float") else str
-        group.add_argument(flag, type=value, metavar=field.name.split("_")[-1].upper(), help=f"default {field.default}")
+        group.add_argument(flag, type=value, metavar=field.name.split("_")[-1].upper(), **more)
 
 
 def positive(text: str) -> float:

@@ -11,12 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from nanodrift.bench.goodput import is_saturated
 from nanodrift.bench.load import INTERRUPTED, Record, duration_s
 from nanodrift.bench.workloads import Workload
 from nanodrift.config import SLO
-from nanodrift.metrics import RequestTimes, percentile, summarize
+from nanodrift.metrics import RequestTimes, attainment, percentile, summarize
 
 CDF_PERCENTS = (*range(1, 100), 99.5, 99.9, 100)
 FEW_REQUESTS = 500  # below it, a P99 over requests is one of the four or five slowest
@@ -27,23 +28,31 @@ def result_of(records: Sequence[Record], slo: SLO, workload: Workload, is_detail
     """The figures of one run of the workload. Requests cut off by an interrupt do not count."""
     counted = [record for record in records if record.error != INTERRUPTED]
     seconds = duration_s(counted)
-    gaps = [gap for r in counted if r.is_completed for gap in r.tbt_s]
-    ttfts = [r.ttft_s for r in counted if r.is_completed and r.token_s]
+    own = [record for record in counted if not record.is_background]  # a held batch has no TTFT that anybody waits for
+    by_request = [r.tbt_s for r in counted if r.is_completed]
+    gaps = sorted(gap for request_gaps in by_request for gap in request_gaps)
+    first_gaps = sorted(request_gaps[0] for request_gaps in by_request if request_gaps)
+    ttfts = sorted(r.ttft_s for r in own if r.is_completed and r.token_s)
     lag_ms = percentile([r.send_lag_s for r in counted], 99) * 1e3 if counted else 0.0
     result = {
         "num_prompts": len(workload.samples),
         **summarize(counted, seconds),
         "slo": {"ttft_ms": slo.ttft_ms, "tbt_ms": slo.tbt_ms},
+        "median_ttft_ms": _ms(ttfts, 50),
         "p90_ttft_ms": _ms(ttfts, 90),
+        "p99_ttft_ms": _ms(ttfts, 99),
         "max_ttft_ms": _ms(ttfts, 100),
         "p90_tbt_ms": _ms(gaps, 90),
         "p999_tbt_ms": _ms(gaps, 99.9),
         "max_tbt_ms": _ms(gaps, 100),
+        "median_first_gap_ms": _ms(first_gaps, 50),  # from the first token to the second: across the merge
+        "p99_first_gap_ms": _ms(first_gaps, 99),
+        "max_first_gap_ms": _ms(first_gaps, 100),
         "issued": len(counted),
         "unfinished": len(records) - len(counted),
         "shed": sum(r.is_refused for r in counted),
         "timeouts": sum((r.error or "").startswith("timed out") for r in counted),
-        "offered_rate": len(counted) / counted[-1].arrival_s if counted and counted[-1].arrival_s > 0 else None,
+        "offered_rate": len(own) / own[-1].arrival_s if own and own[-1].arrival_s > 0 else None,
         "max_concurrent_requests": _most_at_once(counted),
         "max_output_tokens_per_s": max(Counter(int(s) for r in counted for s in r.token_s).values(), default=0),
         "send_lag_p99_ms": lag_ms,
@@ -53,7 +62,7 @@ def result_of(records: Sequence[Record], slo: SLO, workload: Workload, is_detail
         "cached_tokens": _sum(r.num_cached_tokens for r in counted),
         "preemptions": _sum(r.num_preemptions for r in counted),
         "tokens_counted_by": sorted({r.counted_by for r in counted}),
-        "saturated": is_saturated(counted),
+        "saturated": is_saturated(own),
         "interrupted": len(counted) < len(workload.samples),
         "error_counts": dict(Counter(r.error for r in counted if r.error).most_common(5)),
         "cdf": {
@@ -62,6 +71,13 @@ def result_of(records: Sequence[Record], slo: SLO, workload: Workload, is_detail
             "tbt_ms": [_ms(gaps, p) for p in CDF_PERCENTS],
         },
     }
+    if workload.background is not None:
+        result |= {
+            "background_requests": len(counted) - len(own),
+            "slo_attainment_own": attainment(own),  # without the batch that was held beside
+            "interrupted": len(own) < len(workload.samples),
+            "mean_ttft_ms": fmean(ttfts) * 1e3 if ttfts else None,
+        }
     late = lag_ms > MAX_LAG_SHARE * slo.ttft_ms
     result["void"] = f"the client sent late: P99 {lag_ms:.0f} ms, over a tenth of the TTFT SLO" if late else None
     result["warnings"] = _warnings(result)
