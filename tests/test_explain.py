@@ -35,28 +35,25 @@ def test_every_policy_answers_every_request(capsys, policy):
 
 
 def test_no_request_finds_anothers_prefix():
-    requests, _ = explain.simulate("mux", tuple(Mode), SLO(tbt_ms=12))
-    assert [request.num_cached_tokens for request in requests] == [0] * len(requests)
+    run = explain.simulate("mux", tuple(Mode), SLO(tbt_ms=12))
+    assert [request.num_cached_tokens for request in run.requests] == [0] * len(run.requests)
 
 
 def test_split_runs_both_lanes_at_once_and_keeps_the_promise():
-    requests, executor = explain.simulate("mux", (Mode.SPLIT, Mode.EXCLUSIVE), SLO(tbt_ms=12))
-    spans = {
-        kind: [s for s in executor.timeline if isinstance(s.ticket.work, kind)] for kind in (DecodeWork, PrefillWork)
-    }
+    run = explain.simulate("mux", (Mode.SPLIT, Mode.EXCLUSIVE), SLO(tbt_ms=12))
+    spans = {kind: [s for s in run.timeline if isinstance(s.ticket.work, kind)] for kind in (DecodeWork, PrefillWork)}
     together_s = sum(
         max(0.0, min(a.finished_s, b.finished_s) - max(a.started_s, b.started_s))
         for a in spans[DecodeWork]
         for b in spans[PrefillWork]
     )
     assert together_s > 0.2
-    gaps = [b - a for r in requests for a, b in zip(r.token_s[1:], r.token_s[2:], strict=False)]  # the first merges
+    gaps = [b - a for r in run.requests for a, b in zip(r.token_s[1:], r.token_s[2:], strict=False)]  # the first merges
     assert max(gaps) <= 0.012
 
 
 def test_no_two_pieces_of_work_hold_the_same_sms():
-    _, executor = explain.simulate("mux", tuple(Mode), SLO(tbt_ms=10))
-    timeline = executor.timeline
+    timeline = explain.simulate("mux", tuple(Mode), SLO(tbt_ms=10)).timeline
     assert any(isinstance(span.ticket.work, FusedWork) for span in timeline)
     for i, a in enumerate(timeline):
         for b in timeline[i + 1 : i + 6]:
@@ -67,10 +64,28 @@ def test_no_two_pieces_of_work_hold_the_same_sms():
 
 
 def test_the_sums_of_the_gantt_are_the_executors():
-    _, executor = explain.simulate("mux", tuple(Mode), SLO(tbt_ms=10))
+    executor = explain.simulate("mux", tuple(Mode), SLO(tbt_ms=10)).engine.executor
     for lane, busy_s in executor.busy_s.items():
         held_s = sum(s.finished_s - s.started_s for s in executor.timeline if lane in s.ticket.work.lanes)
         assert held_s == pytest.approx(busy_s)
+
+
+def test_late_tokens_are_those_whose_gap_breaks_the_promise():
+    run = explain.simulate("turns", tuple(Mode), SLO(tbt_ms=12))
+    rows = [line.split() for line in explain.outcome(run.requests, SLO(tbt_ms=12)).splitlines()[1:]]
+    assert len(run.late_s()) == sum(int(row[-3]) for row in rows) > 0
+    assert min(run.late_s()) > min(request.first_token_s for request in run.requests)
+
+
+def test_the_figure_shows_four_policies_and_every_late_token(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert explain.main(["--plot", str(tmp_path / "new" / "figure")]) == 0
+    svg = (tmp_path / "new" / "figure.svg").read_text()
+    assert all(f">{name}<" in svg for name in explain.PANELS) and "simulated" in svg
+    assert (tmp_path / "new" / "figure.png").stat().st_size > 10_000
+    for name in explain.PANELS:
+        late = explain.simulate(name, tuple(Mode), SLO(tbt_ms=explain.TBT_MS)).late_s()
+        assert f">{len(late)} tokens late" in svg
 
 
 def test_mistakes_are_named(capsys):
