@@ -1,0 +1,229 @@
+"""``bench.py sweep``: paired points that survive a cut, a batch that is held, policies exchanged on one engine."""
+
+import json
+
+import pytest
+
+from nanodrift.bench import sweep, workloads
+from nanodrift.bench.arrivals import drawn
+from nanodrift.bench.load import CUT_OFF, LEAD_S, run_workload
+from nanodrift.bench.policies import parse, parse_all
+from nanodrift.bench.simulate import machine
+from nanodrift.bench.targets import EngineTarget
+from nanodrift.config import SLO, ConfigError
+from nanodrift.dispatch import Mode
+
+SMALL = ("--device", "sim", "--num-prompts", "12", "--rates", "4,8", "--policy", "mux,turns")
+
+
+def run(folder, *argv, keep="--output"):
+    return sweep.main([*SMALL, *argv, keep, str(folder)])
+
+
+def lines_of(folder, name="points.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+# --- what a sweep keeps ----------------------------------------------------------------------------------------------
+
+
+def test_every_policy_meets_the_same_requests_at_the_same_times(tmp_path):
+    assert run(tmp_path, "--seeds", "2") == 0
+    lists = lines_of(tmp_path, "requests.jsonl")
+    assert [(entry["policy"], entry["rate"], entry["seed"]) for entry in lists] == [
+        ("mux", "4", 0), ("turns", "4", 0), ("turns", "4", 1), ("mux", "4", 1),
+        ("mux", "8", 0), ("turns", "8", 0), ("turns", "8", 1), ("mux", "8", 1),
+    ]  # fmt: skip
+    by_cell = {}
+    for entry in lists:
+        by_cell.setdefault((entry["rate"], entry["seed"]), []).append((entry["start_s"], entry["input_lens"]))
+    assert all(one == other for one, other in by_cell.values())
+    assert len({str(pairs[0]) for pairs in by_cell.values()}) == 4
+    assert all(point["simulated"] and point["issued"] == 12 for point in lines_of(tmp_path))
+    assert json.loads((tmp_path / "sweep.json").read_text())["missing"] == []
+
+
+def test_a_cut_sweep_goes_on_and_ends_as_if_it_had_not_been_cut(tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(whole) == 0 and run(cut) == 0
+    for name in ("points.jsonl", "requests.jsonl"):
+        lines = (cut / name).read_text().splitlines(keepends=True)
+        (cut / name).write_text("".join(lines[:2]))
+    capsys.readouterr()
+    assert run(cut) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert run(cut, "--slo-ttft-ms", "77", keep="--resume") == 2
+    assert "slo_ttft_ms" in capsys.readouterr().err
+    assert run(cut, keep="--resume") == 0
+    for name in ("points.jsonl", "requests.jsonl", "sweep.json"):
+        assert (cut / name).read_text() == (whole / name).read_text()
+
+
+def test_what_time_did_not_allow_is_named(tmp_path, capsys):
+    assert run(tmp_path, "--time-limit-s", "1e-9", "--workers", "1") == 0
+    out = capsys.readouterr().out
+    assert out.count("missing: ") == 4 and "missing: turns at 8/s, seed 0" in out
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["missing"]) == 4
+
+
+def test_a_cell_that_fails_ends_the_sweep_and_keeps_what_was_before(tmp_path, capsys, monkeypatch):
+    measure, calls = sweep.measure_cell, []
+
+    def fail_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return measure(*arguments)
+
+    monkeypatch.setattr(sweep, "measure_cell", fail_third)
+    assert run(tmp_path, "--workers", "1") == 1
+    out = capsys.readouterr().out
+    assert "failed: mux at 8/s" in out and "out of memory" in out and "missing: turns at 8/s" in out
+    assert len(lines_of(tmp_path)) == 2
+
+
+def test_half_a_point_is_none(tmp_path, capsys, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "measure_cell", stop)
+    assert run(tmp_path, "--workers", "1") == 130
+    assert not (tmp_path / "points.jsonl").exists()
+    assert json.loads((tmp_path / "sweep.json").read_text())["interrupted"]
+
+
+def test_one_seed_prints_the_same_bytes_whatever_the_number_of_processes(capsys):
+    outputs = []
+    for workers in ("1", "2"):
+        assert sweep.main([*SMALL, "--workers", workers]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_a_policy_that_sees_no_promise_runs_once_and_is_judged_by_each(tmp_path):
+    assert run(tmp_path, "--slo-tbt-ms", "10,150", "--rates", "8") == 0
+    points = {(point["policy"], point["slo"]["tbt_ms"]): point for point in lines_of(tmp_path)}
+    tight, loose = points["turns", 10.0], points["turns", 150.0]
+    assert tight["p99_tbt_ms"] == loose["p99_tbt_ms"] and tight["judged_only"]
+    assert tight["slo_attainment_tbt"] < loose["slo_attainment_tbt"]
+    assert points["mux", 10.0]["p99_tbt_ms"] < points["mux", 150.0]["p99_tbt_ms"]
+    assert not points["mux", 10.0]["judged_only"]
+
+
+# --- loads -----------------------------------------------------------------------------------------------------------
+
+
+def steady(count=6, **more):
+    return workloads.named("steady8k", count, background=workloads.Background(16, 64, 200), **more)
+
+
+def test_a_held_batch_keeps_its_size_until_the_last_prompt_is_done():
+    engine, workload = machine("llama-3-8b").engine(parse("mux"), SLO(5000, 20)), steady()
+    records = run_workload(engine, workload, 2.0, 0, burstiness=float("inf"))
+    own = [record for record in records if not record.is_background]
+    held = [record for record in records if record.is_background]
+    assert [record.arrival_s for record in own] == pytest.approx([LEAD_S + 0.5 * (i + 1) for i in range(6)])
+    assert all(len(record.token_s) == 128 and record.num_prompt_tokens == 8000 for record in own)
+    end_s = max(record.end_s for record in own)
+    for moment in (LEAD_S, LEAD_S + 1.7, end_s - 1e-6):
+        assert sum(record.arrival_s <= moment < record.end_s + 0.05 for record in held) in (16, 17)
+    assert len(held) > 32 and all(record.is_completed for record in held if record.token_s)
+    assert not engine.has_work
+
+
+def test_the_held_batch_has_no_part_in_ttft_and_rate():
+    slo = SLO(5000, 20)
+    cell = sweep.Cell("mux", "2", 0, 20.0)
+    records = run_workload(machine("llama-3-8b").engine(parse("mux"), slo), steady(), 2.0, 0, slo=slo)
+    point = sweep.point_of(cell, parse("mux"), 2.0, records, slo, steady())
+    own = [record for record in records if not record.is_background]
+    assert point["median_ttft_ms"] == pytest.approx(1e3 * sorted(record.ttft_s for record in own)[2])
+    assert point["background_requests"] == len(records) - 6 and point["issued"] == len(records)
+    assert not point["interrupted"] and not point["saturated"]
+    assert point["own_throughput"] < 2.5
+
+
+def test_what_is_not_done_in_time_is_cut_off_and_counts_as_a_miss():
+    slo = SLO(60_000, 1000)
+    workload = workloads.named("random", 40, input_len=8000, output_len=400)
+    engine = machine("llama-3-8b", prefix_caching=False).engine(parse("turns"), slo)
+    records = run_workload(engine, workload, 40.0, 0, slo=slo, drain_s=3.0)
+    cut = [record for record in records if record.error == CUT_OFF]
+    assert len(records) == 40 and 0 < len(cut) < 40
+    assert max(record.end_s for record in records) <= drawn(40, 40.0, 0)[-1] + 3.5
+    point = sweep.point_of(sweep.Cell("turns", "40", 0, None), parse("turns"), 40.0, records, slo, workload)
+    assert point["slo_attainment"] == pytest.approx(1 - len(cut) / 40)
+    assert point["timeouts"] == point["failed"] == len(cut) and not engine.has_work
+
+
+def test_a_share_of_the_knee_is_a_rate(capsys):
+    load = ("--workload", "steady8k", "--num-prompts", "8", "--decode-batch", "8", "--model", "llama-3-8b")
+    assert sweep.main(["--device", "sim", "--policy", "turns", "--rates", "80%", "--knee-of", "turns", *load]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 2 < result["knee"] < 6, "an 8,000-token prompt takes about 0.2 s of the chip"
+    [point] = result["points"]
+    assert point["request_rate"] == pytest.approx(0.8 * result["knee"], abs=1e-3)
+    assert not point["saturated"]
+
+
+# --- policies --------------------------------------------------------------------------------------------------------
+
+
+def test_policies_are_read():
+    specs = parse_all("mux, mux:fused+exclusive,chunked:64,chunked-auto,static:48,mux")
+    assert [spec.text for spec in specs] == ["mux", "mux:fused+exclusive", "chunked:64", "chunked-auto", "static:48"]
+    assert specs[1].modes == (Mode.FUSED, Mode.EXCLUSIVE)
+    assert (specs[2].budget_tokens, specs[4].decode_sms) == (64, 48)
+    assert [spec.sees_tbt for spec in specs] == [True, True, False, True, False]
+
+
+@pytest.mark.parametrize("text", ["chunked:0", "chunked:x", "mux:all", "turns:3", "static:"])
+def test_a_setting_that_there_is_not_is_refused(text):
+    with pytest.raises(ValueError, match=r"understood|mux is set"):
+        parse(text)
+
+
+# --- on a device -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def target():
+    target = EngineTarget({"device": "cpu", "max_model_len": 512})
+    yield target
+    target.close()
+
+
+def test_policies_are_exchanged_on_one_executor(target):
+    executor = target.loaded.engine.executor
+    workload = workloads.named("random", 4, input_len=40, output_len=6)
+    for text in ("turns", "chunked:32", "mux:fused+exclusive"):
+        engine = target.engine_for(parse(text), SLO())
+        assert engine.executor is executor and engine.stats()["prompt_tokens_total"] == 0
+        records = run_workload(engine, workload, 50.0, 0)
+        assert [len(record.token_s) for record in records] == [6] * 4
+        assert engine.stats()["num_kv_blocks"] - engine.stats()["num_free_kv_blocks"] == 0
+
+
+def test_a_policy_is_not_exchanged_under_way_nor_where_it_cannot_run(target):
+    engine = target.engine_for(parse("turns"), SLO())
+    with pytest.raises(ConfigError, match="--device sim"):
+        target.engine_for(parse("mux"), SLO())
+    from nanodrift.request import SamplingParams
+
+    engine.add(engine.new_request([5] * 20, SamplingParams(max_tokens=2)))
+    with pytest.raises(RuntimeError, match="idle"):
+        target.engine_for(parse("turns"), SLO())
+    while engine.has_work:
+        engine.step()
+
+
+def test_the_whole_command_on_the_cpu(tmp_path, capsys):
+    load = "--workload random --input-len 24 --output-len 5 --num-prompts 5 --rates 30 --slo-tbt-ms 500,1000"
+    command = ["--device", "cpu", "--policy", "turns,mux:fused+exclusive", *load.split(), "--output", str(tmp_path)]
+    assert sweep.main(command) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert result["num_points"] == 4 and not result["simulated"] and "SIMULATED" not in out
+    assert [point["slo_attainment"] for point in result["points"]] == [1.0] * 4
+    point = lines_of(tmp_path)[0]
+    assert point["watts"] is None and point["total_output_tokens"] == 25 and "residency" in point["stats"]
