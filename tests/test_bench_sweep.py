@@ -145,13 +145,13 @@ def test_the_held_batch_has_no_part_in_ttft_and_rate():
 
 def test_what_is_not_done_in_time_is_cut_off_and_counts_as_a_miss():
     slo = SLO(60_000, 1000)
-    workload = workloads.named("random", 40, input_len=8000, output_len=400)
+    workload = workloads.named("random", 40, input_len=4000, output_len=50)
     engine = machine("llama-3-8b", prefix_caching=False).engine(parse("turns"), slo)
-    records = run_workload(engine, workload, 40.0, 0, slo=slo, drain_s=3.0)
+    records = run_workload(engine, workload, 12.0, 0, slo=slo, drain_s=0.3)
     cut = [record for record in records if record.error == CUT_OFF]
     assert len(records) == 40 and 0 < len(cut) < 40
-    assert max(record.end_s for record in records) <= drawn(40, 40.0, 0)[-1] + 3.5
-    point = sweep.point_of(sweep.Cell("turns", "40", 0, None), parse("turns"), 40.0, records, slo, workload)
+    assert max(record.end_s for record in records) <= drawn(40, 12.0, 0)[-1] + 1.0
+    point = sweep.point_of(sweep.Cell("turns", "12", 0, None), parse("turns"), 12.0, records, slo, workload)
     assert point["slo_attainment"] == pytest.approx(1 - len(cut) / 40)
     assert point["timeouts"] == point["failed"] == len(cut) and not engine.has_work
 
@@ -170,11 +170,14 @@ def test_a_share_of_the_knee_is_a_rate(capsys):
 
 
 def test_policies_are_read():
-    specs = parse_all("mux, mux:fused+exclusive,chunked:64,chunked-auto,static:48,mux")
-    assert [spec.text for spec in specs] == ["mux", "mux:fused+exclusive", "chunked:64", "chunked-auto", "static:48"]
+    specs = parse_all("mux, mux:fused+exclusive,mux:sequential,chunked:64,chunked-auto,static:48,mux")
+    assert [spec.text for spec in specs] == [
+        "mux", "mux:fused+exclusive", "mux:sequential", "chunked:64", "chunked-auto", "static:48",
+    ]  # fmt: skip
     assert specs[1].modes == (Mode.FUSED, Mode.EXCLUSIVE)
-    assert (specs[2].budget_tokens, specs[4].decode_sms) == (64, 48)
-    assert [spec.sees_tbt for spec in specs] == [True, True, False, True, False]
+    assert [spec.side_by_side for spec in specs[:3]] == [True, True, False] and specs[2].modes == tuple(Mode)
+    assert (specs[3].budget_tokens, specs[5].decode_sms) == (64, 48)
+    assert [spec.sees_tbt for spec in specs] == [True, True, True, False, True, False]
 
 
 @pytest.mark.parametrize("text", ["chunked:0", "chunked:x", "mux:all", "turns:3", "static:"])

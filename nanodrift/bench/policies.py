@@ -2,6 +2,7 @@
 
     mux                     the dispatcher with all of its modes
     mux:fused+exclusive     the dispatcher without split; any of split, fused, exclusive
+    mux:sequential          the two attentions of a fused step after each other, never side by side; also with modes
     chunked:512             every step one fused batch of 512 tokens
     chunked-auto            the same, sized by the estimator
     static:32               32 SMs decode, the others prefill, for good
@@ -20,6 +21,7 @@ from nanodrift.cost import CostModel, Guard
 from nanodrift.dispatch import Mode, Policy
 from nanodrift.plan import Partition
 
+SEQUENTIAL = "sequential"
 SET_BY_TOKENS, SET_BY_SMS = ("chunked",), ("static", "overlap")
 # What these do does not depend on the TBT that was promised: one run can be judged by any.
 BLIND_TO_TBT = (*SET_BY_TOKENS, *SET_BY_SMS, "prefill-first", "turns")
@@ -32,6 +34,7 @@ class PolicySpec:
     text: str
     name: str
     modes: tuple[Mode, ...] = tuple(Mode)
+    side_by_side: bool = True
     budget_tokens: int = 512
     decode_sms: int = 32
 
@@ -41,6 +44,7 @@ class PolicySpec:
 
     def make(self, cost: CostModel, guard: Guard, partitions: tuple[Partition, ...], max_prefill_tokens: int) -> Policy:
         """The policy on a machine. Raises ValueError for a name or a partition that there is not."""
+        more = {} if self.side_by_side else {"side_by_side": False}
         return make_policy(
             self.name,
             cost,
@@ -50,6 +54,7 @@ class PolicySpec:
             modes=self.modes,
             budget_tokens=self.budget_tokens,
             decode_sms=self.decode_sms,
+            **more,
         )
 
 
@@ -59,11 +64,13 @@ def parse(text: str) -> PolicySpec:
     if not colon:
         return PolicySpec(text.strip(), name)
     if name == "mux":
+        words = setting.split("+")
         try:
-            return PolicySpec(text.strip(), name, modes=tuple(Mode(mode) for mode in setting.split("+")))
+            modes = tuple(Mode(word) for word in words if word != SEQUENTIAL) or tuple(Mode)
+            return PolicySpec(text.strip(), name, modes, side_by_side=SEQUENTIAL not in words)
         except ValueError as error:
-            modes = "+".join(mode.value for mode in Mode)
-            raise ValueError(f"{error}: mux is set to some of {modes}, got {text!r}") from error
+            known = "+".join(mode.value for mode in Mode)
+            raise ValueError(f"{error}: mux is set to some of {known}+{SEQUENTIAL}, got {text!r}") from error
     if setting.isdigit() and int(setting) > 0:
         if name in SET_BY_TOKENS:
             return PolicySpec(text.strip(), name, budget_tokens=int(setting))
