@@ -40,6 +40,7 @@ class Engine:
         self.num_output_tokens = 0
         self.num_finished = {"stop": 0, "length": 0, "abort": 0}
         self.telemetry = Telemetry(scheduler.requests, executor.partitions)
+        self.power = None  # a log of clock and watts with a stats() of its own, where somebody keeps one
         self._num_requests = 0
         self._num_arrivals = 0
         self._arrivals: list[tuple[float, int, Request]] = []  # a heap of requests that are still to come
@@ -133,6 +134,7 @@ class Engine:
             "prompt_tokens_total": self.num_prompt_tokens,
             "generation_tokens_total": self.num_output_tokens,
             **self.telemetry.stats(),
+            **(self.power.stats() if self.power is not None else {}),
             **{f"num_finished_{reason}_total": count for reason, count in self.num_finished.items()},
         }
 

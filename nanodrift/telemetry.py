@@ -18,6 +18,9 @@ prefill_bubble_seconds_total       time the lane had work it could run, the SMs 
 merges_total                       requests that went from the prefill lane to the decode batch
 merge_gap_seconds_total, _max      their first gap: from the first token to the second
 residency                          [mode, prefill SMs, decode SMs, seconds the device worked so], longest first
+sm_mhz, watts, joules_total        clock and board power just now, energy since the start; missing where unknown
+predictions                        by kind of step, from cost.Observer: num_steps, error_p50, error_p95, violations,
+                                   guarded_over_actual; not in every answer, for it takes milliseconds
 =================================  =================================================================================
 
 A lane *had work it could run* if its next piece goes on with a chunk, a prompt or a request of its last one, or a

@@ -119,6 +119,9 @@ class NullEngine:
             "num_free_kv_blocks": 100 - self.num_leaked - (num_running > 0),
         }
 
+    def predictions(self):
+        return {}
+
     def close(self):
         pass
 

@@ -114,8 +114,13 @@ class EngineClient:
         self._finished_s: float | None = None
         self._finish_gap_s = 0.0  # between ends of requests, a running mean
 
-    async def start(self, model: str | None, config: EngineConfig, command=ENGINE_COMMAND) -> None:
-        """Starts the process and sends it its settings; loading goes on after this returns."""
+    async def start(
+        self, model: str | None, config: EngineConfig, command=ENGINE_COMMAND, trace: str | None = None
+    ) -> None:
+        """Starts the process and sends it its settings; loading goes on after this returns.
+
+        At its end the process writes what it did to the file ``trace``.
+        """
         ours, theirs = socket.socketpair()
         fd = theirs.fileno()
         # A session of its own: Ctrl-C in the terminal reaches this process only, which then closes the pair. Threads of
@@ -129,7 +134,7 @@ class EngineClient:
         )
         theirs.close()
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)
-        self._send(["start", {"model": model, "config": asdict(config)}])
+        self._send(["start", {"model": model, "config": asdict(config), "trace": trace}])
         self._reading = asyncio.create_task(self._read(reader))
 
     async def wait_ready(self) -> None:

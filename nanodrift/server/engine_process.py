@@ -19,12 +19,16 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 from nanodrift.config import SLO, EngineConfig
 from nanodrift.request import SamplingParams
 from nanodrift.server.frames import FrameLink
+from nanodrift.server.power import PowerLog
+from nanodrift.server.trace import Trace
 
 STATS_EVERY_S = 0.25
+PREDICTIONS_EVERY_S = 10.0  # sorting them takes milliseconds
 DUMP_SIGNAL = signal.SIGUSR1  # prints every thread's stack, also while a thread hangs in a library
 ORPHAN_GRACE_S = 1.0  # for the loop to notice by itself that the HTTP process is gone
 
@@ -47,6 +51,7 @@ def run(fd: int, load) -> int:
         settings = start["config"]
         config = EngineConfig.from_options(**(settings | {"slo": SLO(**settings["slo"])}))
         engine, info = load(start["model"], config, lambda name, done: link.send(["phase", name, done]))
+        trace = Trace(engine) if start.get("trace") else None
         gc.collect()
         gc.freeze()  # what start-up made stays: the collector need not walk it again
         link.send(["ready", info])
@@ -54,6 +59,8 @@ def run(fd: int, load) -> int:
         try:
             _loop(link, engine, messages)
         finally:
+            if trace is not None:
+                trace.write(Path(start["trace"]), engine.power.samples if engine.power is not None else ())
             engine.close()
     except EOFError:
         return 0
@@ -68,7 +75,7 @@ def run(fd: int, load) -> int:
 
 
 def _loop(link: FrameLink, engine, messages: list[list]) -> None:
-    stats_s, was_busy = 0.0, True
+    stats_s, predicted_s, was_busy, predictions = 0.0, time.perf_counter(), True, {}
     while True:
         for message in messages:
             _handle(link, engine, message)
@@ -76,7 +83,9 @@ def _loop(link: FrameLink, engine, messages: list[list]) -> None:
         is_busy, now_s = engine.has_work, time.perf_counter()
         stats = None
         if now_s - stats_s >= STATS_EVERY_S or is_busy != was_busy or (messages and not is_busy):
-            stats = engine.stats()
+            if now_s - predicted_s >= PREDICTIONS_EVERY_S or (was_busy and not is_busy):
+                predictions, predicted_s = engine.predictions(), now_s
+            stats = engine.stats() | {"predictions": predictions}
             if not is_busy:
                 _account(stats, is_new=was_busy)
             stats_s, was_busy = now_s, is_busy
@@ -135,6 +144,7 @@ def _load(model: str | None, config: EngineConfig, report):
     from nanodrift.startup import load_engine
 
     loaded = load_engine(model, config, report)
+    loaded.engine.power = PowerLog.of(loaded.device)
     model_config, kv_tokens = loaded.model_config, loaded.num_kv_tokens
     made_up = ", made-up weights" if config.load_format == "dummy" else ""
     info = {

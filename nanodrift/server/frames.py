@@ -3,7 +3,7 @@
 No pickle, no TCP: nobody but the two processes can reach the pair, and a frame can only ever become plain data.
 A frame is four bytes of length (big-endian) and a JSON list whose first item names it.
 
-To the engine:    ["start", {model, config}]                        the first frame
+To the engine:    ["start", {model, config, trace}]                 the first frame
                   ["add", {id, prompt, params, slo, arrival_s, cache_salt, priority}]
                   ["abort", id, reason, stop_reason]
 From the engine:  ["phase", name, share done]                       of the start-up

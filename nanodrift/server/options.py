@@ -133,6 +133,13 @@ def _add_operation(add) -> None:
         default=False,
         help="stderr as JSON lines, one for each request: id, status, tokens, times; never a prompt (no)",
     )
+    add("--trace", metavar="FILE", help="what ran when, for ui.perfetto.dev and bench.py timeline; written at the end")
+    add(
+        "--dashboard",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="the SM split, batch sizes, queue and latencies, live on stderr (no)",
+    )
     add("--drain-timeout", type=_seconds, default=25.0, metavar="S", help="for answers in flight after SIGTERM (25)")
     add(
         "--stall-timeout",
