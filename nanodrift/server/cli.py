@@ -93,7 +93,7 @@ async def _serve(args: argparse.Namespace, config: EngineConfig, keys, listener:
             f"--host {args.host} can be reached from other machines and no API key is set: anyone there can use the "
             f"model. Set ${KEY_VARIABLE}."
         )
-    await client.start(args.model, config, engine_command)
+    await client.start(args.model, config, engine_command, getattr(args, "trace", None))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopping, draining = asyncio.create_task(told_to_stop.wait()), asyncio.create_task(told_to_drain.wait())
     loading = asyncio.create_task(_load(client, served))
