@@ -15,7 +15,7 @@ import torch
 from nanodrift import hub
 from nanodrift.baselines import make_policy
 from nanodrift.config import BLOCK_SIZE, ConfigError, EngineConfig, ModelConfig
-from nanodrift.cost import CostModel, Guard, h200_prior
+from nanodrift.cost import CostModel, Guard, Observer, Profile, find_profile, h200_prior, prior_for, read_profile
 from nanodrift.cpu import CpuExecutor
 from nanodrift.dispatch import Mode, Policy, Turns
 from nanodrift.engine import Engine
@@ -31,6 +31,8 @@ from nanodrift.weights import dummy_weights, load_weights, resolve_dtype
 CPU_KV_BYTES = 1 << 30  # what the cache takes on a CPU unless num_kv_blocks says otherwise
 
 UNDIVIDED_POLICIES = ("turns", "chunked", "prefill-first")  # what a device without partitions can serve by
+
+TENSOR_FLOPS_PER_CLOCK = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}  # of an SM, dense 16 bit, by compute capability
 
 Report = Callable[[str, float], None]  # phase, share done
 
@@ -108,7 +110,8 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
         executor = CpuExecutor(decoder, num_blocks=_cpu_blocks(config, model_config, dtype, max_model_len), **common)
     finish_phase("executor")
 
-    cost, guard = CostModel(model_config, h200_prior(), dtype.itemsize), Guard()
+    profile = choose_profile(config.profile, model_config, device, dtype)
+    cost, guard = CostModel(model_config, profile, dtype.itemsize), Guard.of(profile)
     scheduler = Scheduler(
         num_blocks=executor.num_blocks,
         num_rows=executor.num_rows,
@@ -125,6 +128,7 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
         eos_token_ids=model_config.eos_token_ids,
         slo=config.slo,
         seed=config.seed,
+        observer=Observer(cost, guard) if device.type == "cuda" else None,
     )
     return LoadedEngine(
         engine=engine,
@@ -140,6 +144,20 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
         guard=guard,
         phases_s=phases_s,
     )
+
+
+def choose_profile(option: str | None, model_config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Profile:
+    """What the cost model starts from: the file asked for, the one shipped for this GPU and shape, or a prior."""
+    if option is not None:
+        return read_profile(option)
+    if device.type != "cuda":
+        return h200_prior()  # describes nothing that is there; policies that predict are refused
+    gpu = torch.cuda.get_device_properties(device)
+    if (found := find_profile(gpu.name, model_config, dtype)) is not None:
+        return found
+    bandwidth_bytes_per_s = 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8  # kHz, two transfers a clock
+    flops_per_clock = TENSOR_FLOPS_PER_CLOCK.get((gpu.major, gpu.minor), 1024) * gpu.multi_processor_count
+    return prior_for(gpu.name, gpu.multi_processor_count, bandwidth_bytes_per_s, flops_per_clock * gpu.clock_rate * 1e3)
 
 
 def choose_policy(config: EngineConfig, executor: Executor, cost: CostModel, guard: Guard) -> Policy:
