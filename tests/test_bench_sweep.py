@@ -229,4 +229,4 @@ def test_the_whole_command_on_the_cpu(tmp_path, capsys):
     assert result["num_points"] == 4 and not result["simulated"] and "SIMULATED" not in out
     assert [point["slo_attainment"] for point in result["points"]] == [1.0] * 4
     point = lines_of(tmp_path)[0]
-    assert point["watts"] is None and point["total_output_tokens"] == 25 and "residency" in point["stats"]
+    assert point["watts"] is None and point["total_output_tokens"] == 25 and point["residency"]

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nanodrift.bench import report
+from nanodrift.bench import report, residency
 from nanodrift.bench.load import Record, run_workload
 from nanodrift.bench.options import (
     Progress,
@@ -303,12 +303,12 @@ def measure_cell(
         )
     if sum(not record.is_background for record in records) < len(workload.samples):
         raise KeyboardInterrupt
-    stats = engine.stats() | {"predictions": engine.predictions()}
+    policy_figures = residency.figures(engine.stats(), predictions=engine.predictions())
     points = []
     for tbt_ms in [cell.tbt_ms] if cell.tbt_ms is not None else tbts_ms:
         judged = replace(slo, tbt_ms=tbt_ms)
         point = point_of(cell, spec, rate, [replace(record, slo=judged) for record in records], judged, workload)
-        point |= {"simulated": target.is_simulated, "stats": stats}
+        point |= {"simulated": target.is_simulated, **policy_figures}
         point |= power.figures(point["total_input_tokens"] + point["total_output_tokens"])
         points.append((point, lists_of(point, records)))
     return points
@@ -417,13 +417,13 @@ def _key(policy: str, rate: str, seed: int, tbt_ms: float) -> tuple:
 
 COLUMNS = (
     "policy                 TBT  req/s   done   good strict | TTFT P50      P99 | TBT P50    P99     max  first | "
-    "  in/s  out/s | idle %     W tok/J"
+    "  in/s  out/s | split fused | idle d    p |    W tok/J"
 )
 BRIEF = (
     "policy", "rate", "request_rate", "seed", "slo", "simulated", "issued", "completed", "own_throughput",
     "slo_attainment", "slo_attainment_strict", "slo_attainment_own", "median_ttft_ms", "p99_ttft_ms",
     "median_itl_ms", "p99_tbt_ms", "max_tbt_ms", "p99_first_gap_ms", "prefill_tokens_per_s", "decode_tokens_per_s",
-    "watts", "tokens_per_joule", "saturated",
+    "split_share", "fused_share", "decode_bubble_ratio", "prefill_bubble_ratio", "watts", "tokens_per_joule", "saturated",
 )  # fmt: skip
 
 
@@ -440,7 +440,6 @@ def row(point: dict) -> str:
         value = point.get(key)
         return f"{value * factor:{width}.{digits}f}" if value is not None else f"{'-':>{width}}"
 
-    idle = bubble_share(point["stats"])
     marks = ("  over-saturated" if point["saturated"] else "") + ("  SIMULATED" if point["simulated"] else "")
     return (
         f"{point['policy']:<20} {point['slo']['tbt_ms']:5g} {cell('request_rate', 6, 2)} "
@@ -448,15 +447,7 @@ def row(point: dict) -> str:
         f"{cell('slo_attainment_strict', 6, 1, 100)} | {cell('median_ttft_ms', 8)} {cell('p99_ttft_ms', 8)} | "
         f"{cell('median_itl_ms', 7)} {cell('p99_tbt_ms', 6)} {cell('max_tbt_ms', 7)} {cell('p99_first_gap_ms', 6)} | "
         f"{cell('prefill_tokens_per_s', 6, 0)} {cell('decode_tokens_per_s', 6, 0)} | "
-        f"{'-' if idle is None else f'{100 * idle:.1f}':>6} {cell('watts', 5, 0)} {cell('tokens_per_joule', 5, 1)}"
+        f"{cell('split_share', 5, 0, 100)} {cell('fused_share', 5, 0, 100)} | {cell('decode_bubble_ratio', 6, 1, 100)} "
+        f"{cell('prefill_bubble_ratio', 4, 1, 100)} | {cell('watts', 4, 0)} {cell('tokens_per_joule', 5, 1)}"
         f"{marks}"
     )
-
-
-def bubble_share(stats: dict) -> float | None:
-    """Of the time that a lane held SMs and had work, how long it ran nothing; both lanes together."""
-    sides = [f"{lane}_{kind}_seconds_total" for lane in ("prefill", "decode") for kind in ("bubble", "busy")]
-    if any(name not in stats for name in sides):
-        return None
-    held = sum(stats[name] for name in sides)
-    return sum(stats[name] for name in sides[::2]) / held if held else None
