@@ -7,6 +7,8 @@ OWN_COMMAND_LINES = {  # modes with a parser of their own; explain, sim and a si
     "explain": "explain",
     "sim": "simulate",
     "sweep": "sweep",
+    "calibrate": "calibrate",
+    "map": "map",
 }
 
 if __name__ == "__main__":

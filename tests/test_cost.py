@@ -7,7 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from nanodrift.bench import calibrate
+from nanodrift.bench import map as sharing
+from nanodrift.bench.windows import Driver
 from nanodrift.config import SLO, ConfigError, ModelConfig
 from nanodrift.cost import (
     Cell,
@@ -36,6 +40,7 @@ LLAMA = ModelConfig.from_folder(CONFIGS / "llama-3-8b")
 WHOLE = Partition(132, 132, is_shared=True)
 SPLITS = tuple(Partition(132 - n, n) for n in (16, 32, 48, 64, 80))
 SPLIT = SPLITS[1]
+KEYS = ("batch", "context", "prompt")
 
 
 def measured(**changes) -> Profile:
@@ -325,3 +330,82 @@ def test_a_prior_that_is_wrong_by_two_converges_under_traffic(factor):
         assert predicted_s == pytest.approx(right.decode_s(load, 132), rel=0.1)
     late = [abs(mean - 1) for kind in observer.seen.values() for mean, _ in list(kind)[len(kind) // 2 :]]
     assert sorted(late)[len(late) // 2] < 0.05
+
+
+# --- calibration, on a machine whose figures are known --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    """(the truth, the profile that calibration makes of it, the driver): the machine is the simulator."""
+    truth = CostModel(LLAMA, h200_prior())
+    machine = SimExecutor(truth, partitions=SPLITS, num_blocks=13_000, num_rows=256, max_prefill_tokens=2048)
+    driver = Driver(machine, vocab_size=1000)
+    rows = calibrate.measure(driver, calibrate.shapes(machine.partitions), 0.5, Console(quiet=True))
+    about = {"gpu": "simulated", "dtype": "bfloat16", "conditions": {"clocks": None}}
+    return truth, calibrate.fit(rows, LLAMA, 132, about), driver
+
+
+def test_calibrating_the_simulator_gives_back_its_own_figures(calibrated):
+    truth, profile, _ = calibrated
+    cost, draw, misses = CostModel(LLAMA, profile), random.Random(1), []
+    for _ in range(200):
+        sms, batch = draw.choice((16, 32, 48, 64, 80, 132)), draw.randrange(1, 250)
+        load = DecodeLoad(batch, batch * draw.randrange(200, 8000))
+        misses.append(cost.decode_s(load, sms) / truth.decode_s(load, sms) - 1)
+        sms, chunk = 148 - sms, PrefillLoad.of_chunk(draw.randrange(300, 2048), draw.randrange(8000))
+        misses.append(cost.prefill_s(chunk, min(sms, 132)) / truth.prefill_s(chunk, min(sms, 132)) - 1)
+    misses = sorted(abs(miss) for miss in misses)
+    assert misses[200] < 0.005
+    assert misses[380] < 0.05
+    beside = [factor for (_, cell), factor in Guard.of(profile).factors.items() if cell.is_beside]
+    assert len(beside) > 40
+    assert all(1.0 < factor.mean < 1.15 and factor.num_samples > 2 for factor in beside), "the truth is 1.12"
+
+
+def test_a_written_profile_reads_back_as_it_was(calibrated, tmp_path):
+    _, profile, _ = calibrated
+    calibrate.write_profile(profile, tmp_path / "one.json")
+    assert read_profile(tmp_path / "one.json") == profile
+    assert find_profile("simulated", LLAMA, "bfloat16", tmp_path) == profile
+
+
+def test_random_work_is_predicted_before_it_is_seen(calibrated):
+    _, profile, driver = calibrated
+    found = calibrate.check(driver, profile, LLAMA, num=16, window_s=0.5)
+    assert found["num_windows"] == 16
+    beside = found["kinds"]["decode beside"]
+    assert beside["num_steps"] > 100
+    assert beside["error_p95"] <= 0.08
+    assert beside["violations"] <= 0.01
+    assert beside["guarded_over_actual"] <= 1.20
+
+
+def test_the_map_compares_all_ways_at_every_point(calibrated):
+    _, profile, driver = calibrated
+    ways = sharing.Ways(LLAMA, profile, driver.executor.partitions)
+    rows = sharing.predict(ways)
+    assert len(rows) > 500
+    for row in rows:
+        assert row["fused side by side"] >= row["fused in sequence"]
+        looser = [r for r in rows if r["tbt_ms"] > row["tbt_ms"] and all(r[k] == row[k] for k in KEYS)]
+        assert all(r["split"] >= 0.98 * row["split"] for r in looser[:1]), "a looser promise leaves prefill more SMs"
+    assert sum(sharing.winners(rows).values()) - sharing.winners(rows)["side by side helps"] == len(rows)
+    measured = sharing.measure(driver, ways, 0.3)
+    assert {row["way"] for row in measured} == set(sharing.WAYS)
+    misses = sorted(abs(row["prompt_tokens_per_s"] / row["predicted"] - 1) for row in measured)
+    assert misses[len(misses) // 2] < 0.1
+
+
+def test_sums_of_rates_are_shares_of_the_whole_chip():
+    alone = {"shared": True, "fused": False, "sm_mhz": None, "watts": None}
+    both = {"shared": False, "fused": False, "sm_mhz": 1500.0, "watts": 690.0, "decode_sms": 32}
+    rows = [
+        alone | {"batch": 16, "prompts": [], "context_tokens": 17_000, "steps_per_s": 200.0},
+        alone | {"batch": 0, "prompts": [[2048, 0]], "prompt_tokens_per_s": 40_000.0},
+        both | {"batch": 16, "prompts": [[2048, 0]], "context_tokens": 17_100, "steps_per_s": 120.0,
+                "prompt_tokens_per_s": 24_000.0},
+    ]  # fmt: skip
+    (found,) = sharing.corun(rows)
+    assert (found["decode_share"], found["prefill_share"], found["sum"]) == (0.6, 0.6, 1.2)
+    assert (found["way"], found["decode_sms"], found["context"], found["watts"]) == ("split", 32, 1024, 690.0)
