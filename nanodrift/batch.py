@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from nanodrift.config import BLOCK_SIZE
+from nanodrift.penalties import Penalties
 from nanodrift.plan import DecodeWork, NewBlocks, PrefillWork, RowParams
 from nanodrift.request import MAX_STOP_TOKEN_IDS
 
@@ -53,7 +54,7 @@ class Rows:
     ``last_token`` and ``next_position`` itself.
     """
 
-    def __init__(self, num_rows: int, max_model_len: int, device: torch.device):
+    def __init__(self, num_rows: int, max_model_len: int, device: torch.device, vocab_size: int = 0):
         self.num_rows = num_rows
         self.max_blocks = -(-max_model_len // BLOCK_SIZE)
 
@@ -70,6 +71,7 @@ class Rows:
         self.seed = table(dtype=torch.int64)
         self.banned = table(MAX_STOP_TOKEN_IDS, fill=-1)  # [rows, 16] ids held back ...
         self.min_position = table()  # [rows] ... below this position
+        self.penalties = Penalties(num_rows, vocab_size, device)
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, torch.Tensor))
@@ -95,6 +97,7 @@ class Rows:
         """Writes the sampling parameters of requests whose prompt is about to be complete."""
         if not rows_and_params:
             return
+        self.penalties.set_params(rows_and_params, upload)
         num = len(rows_and_params)
         ints = array("i", [row for row, _ in rows_and_params])
         for name in ("top_k", "min_position"):

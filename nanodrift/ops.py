@@ -17,12 +17,14 @@ from nanodrift.kernels import attn_prefill as prefill_attention
 from nanodrift.kernels import filter as filters
 from nanodrift.kernels import gemm as gemms
 from nanodrift.kernels import gemm_skinny as skinny_gemms
+from nanodrift.kernels import penalties
 from nanodrift.kernels import rmsnorm as norms
 from nanodrift.kernels import rope as ropes
 from nanodrift.kernels import sample as samplers
 from nanodrift.kernels import swiglu as swiglus
 
 MAX_SKINNY_TOKENS = skinny_gemms.MAX_SKINNY_TOKENS
+IN_PROMPT = penalties.IN_PROMPT
 
 
 class Scratch:
@@ -140,6 +142,11 @@ def filter_logits(logits, rows, positions, temperature, top_k, top_p, min_p, lan
     """In place: -inf outside each row's top-k, top-p and min-p; see kernels/filter.py."""
     tables = (temperature, top_k, top_p, min_p)
     return _run(lane, filters.filter_logits, filters.filter_logits_reference, logits, rows, positions, *tables)
+
+
+def penalize(logits, rows, settings, counts, lane):
+    """In place: each row's penalties on the tokens it has used; see kernels/penalties.py."""
+    return _run(lane, penalties.penalize, penalties.penalize_reference, logits, rows, settings, counts)
 
 
 def ban_tokens(logits, rows, positions, banned, min_position, lane):

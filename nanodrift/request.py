@@ -5,7 +5,6 @@ The only home of per-request timestamps. Knows nothing about devices, text or po
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -22,6 +21,7 @@ RANGES = {  # of numbers, both ends included
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
     "repetition_penalty": (0.01, 100),
+    "top_p": (0, 1),
 }
 
 
@@ -51,27 +51,22 @@ class SamplingParams:
             if not ok:
                 raise ValueError(message)
 
-        for name in (*RANGES, "top_p"):
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            check(
-                isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
-                f"{name} must be a finite number, got {value!r}",
-            )
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            check(is_number and low <= value <= high, f"{name} must lie between {low} and {high}, got {value!r}")
         for name in ("top_k", "max_tokens", "min_tokens"):
             value = getattr(self, name)
             check(isinstance(value, int) and not isinstance(value, bool), f"{name} must be an integer, got {value!r}")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            check(low <= value <= high, f"{name} must lie between {low} and {high}, got {value}")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             is_ok = value is None or (type(value) is int and 0 <= value <= MAX_LOGPROBS)
             check(is_ok, f"{name} must be an integer between 0 and {MAX_LOGPROBS}, got {value!r}")
         bias = self.biases
         check(len(bias) <= MAX_BIASED_TOKENS, f"logit_bias may name {MAX_BIASED_TOKENS} tokens, got {len(bias)}")
-        check(all(token >= 0 and -100 <= value <= 100 for token, value in bias),
-              "logit_bias must give each token id a number between -100 and 100")  # fmt: skip
-        check(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
+        is_sound = all(token >= 0 and -100 <= value <= 100 for token, value in bias)
+        check(is_sound, "logit_bias must give each token id a number between -100 and 100")
+        check(self.top_p > 0, "top_p must lie above 0")
         check(self.top_k >= 0, f"top_k must be 0 (off) or a positive integer, got {self.top_k}")
         check(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
         check(

@@ -24,10 +24,10 @@ EVERYTHING = sorted([*SOURCES, *ROOT.glob("tests/*.py")])
 
 VOCABULARY = {"config", "plan", "request"}
 SERVICES = VOCABULARY | {"kvcache", "cost", "metrics", "executor"}
-POLICY = SERVICES | {"dispatch", "waiting", "flight"}
-MODEL = {"kernels", "ops", "model", "weights", "batch", "penalties", "runner"}
+POLICY = SERVICES | {"dispatch"}
+MODEL = {"kernels", "ops", "model", "weights", "penalties", "batch", "runner"}
 ENGINE = POLICY | {"scheduler", "baselines", "telemetry", "engine"}
-EVERY_PART = ENGINE | MODEL | {"partition", "graphs", "cpu", "gpu", "sim", "hub", "tokenizer"}
+EVERY_PART = ENGINE | MODEL | {"partition", "cpu", "gpu", "sim", "hub", "tokenizer"}
 
 MAY_IMPORT = {  # module: modules of nanodrift that it may import
     "config": set(),
@@ -37,8 +37,6 @@ MAY_IMPORT = {  # module: modules of nanodrift that it may import
     "cost": VOCABULARY,
     "metrics": VOCABULARY,
     "executor": VOCABULARY,
-    "waiting": VOCABULARY,
-    "flight": VOCABULARY,
     "dispatch": SERVICES,
     "scheduler": POLICY,
     "baselines": POLICY | {"scheduler"},
@@ -46,16 +44,14 @@ MAY_IMPORT = {  # module: modules of nanodrift that it may import
     "engine": POLICY | {"scheduler", "baselines", "telemetry"},
     "ops": {"kernels", "config"},
     "weights": {"config"},
-    "batch": VOCABULARY,
-    "model": {"ops", "weights", "batch", "config"},
     "penalties": {"ops"} | VOCABULARY,
-    "runner": {"ops", "model", "batch", "penalties"} | VOCABULARY,
-    "graphs": {"batch"} | VOCABULARY,
+    "batch": {"penalties"} | VOCABULARY,
+    "model": {"ops", "weights", "batch", "config"},
+    "runner": {"ops", "model", "batch"} | VOCABULARY,
     "partition": VOCABULARY,
     "sim": SERVICES,
     "cpu": SERVICES | MODEL,
-    "graphs": VOCABULARY | MODEL,
-    "gpu": SERVICES | MODEL | {"graphs", "partition"},
+    "gpu": SERVICES | MODEL | {"partition"},
     "hub": {"config"},
     "tokenizer": {"config"},
     "startup": EVERY_PART,
@@ -75,8 +71,6 @@ PURE = {
     "cost",
     "metrics",
     "executor",
-    "waiting",
-    "flight",
     "dispatch",
     "scheduler",
     "baselines",
