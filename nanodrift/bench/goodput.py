@@ -22,9 +22,13 @@ Measure = Callable[[float, int], Sequence[RequestTimes]]
 def is_saturated(records: Sequence[RequestTimes]) -> bool:
     """True if both the requests under way and TTFT rose significantly from the first arrival to the last.
 
-    Means over ten stretches of arrivals, so that one burst is one point; False for too few requests to tell.
+    Means over ten stretches of arrivals, so that one burst is one point; the time in which the machine fills up, a
+    median request long, is left out. False for too few requests to tell.
     """
     records = sorted((r for r in records if r.token_s), key=lambda r: r.arrival_s)
+    if records:
+        filled_s = records[0].arrival_s + percentile([r.end_to_end_s for r in records], 50)
+        records = [r for r in records if r.arrival_s >= filled_s]
     if len(records) < FEWEST or records[0].arrival_s == records[-1].arrival_s:
         return False
     changes = sorted([(r.arrival_s, 1) for r in records] + [(r.token_s[-1], -1) for r in records])

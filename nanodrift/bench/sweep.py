@@ -423,7 +423,8 @@ BRIEF = (
     "policy", "rate", "request_rate", "seed", "slo", "simulated", "issued", "completed", "own_throughput",
     "slo_attainment", "slo_attainment_strict", "slo_attainment_own", "median_ttft_ms", "p99_ttft_ms",
     "median_itl_ms", "p99_tbt_ms", "max_tbt_ms", "p99_first_gap_ms", "prefill_tokens_per_s", "decode_tokens_per_s",
-    "split_share", "fused_share", "decode_bubble_ratio", "prefill_bubble_ratio", "watts", "tokens_per_joule", "saturated",
+    "split_share", "fused_share", "decode_bubble_ratio", "prefill_bubble_ratio", "watts", "tokens_per_joule",
+    "saturated",
 )  # fmt: skip
 
 
