@@ -24,10 +24,10 @@ EVERYTHING = sorted([*SOURCES, *ROOT.glob("tests/*.py")])
 
 VOCABULARY = {"config", "plan", "request"}
 SERVICES = VOCABULARY | {"kvcache", "cost", "metrics", "executor"}
-POLICY = SERVICES | {"dispatch"}
-MODEL = {"kernels", "ops", "model", "weights", "penalties", "batch", "runner"}
+POLICY = SERVICES | {"decision", "waiting", "flight", "dispatch"}
+MODEL = {"kernels", "ops", "model", "weights", "batch", "penalties", "runner"}
 ENGINE = POLICY | {"scheduler", "baselines", "telemetry", "engine"}
-EVERY_PART = ENGINE | MODEL | {"partition", "cpu", "gpu", "sim", "hub", "tokenizer"}
+EVERY_PART = ENGINE | MODEL | {"partition", "graphs", "cpu", "gpu", "sim", "hub", "tokenizer"}
 
 MAY_IMPORT = {  # module: modules of nanodrift that it may import
     "config": set(),
@@ -37,21 +37,25 @@ MAY_IMPORT = {  # module: modules of nanodrift that it may import
     "cost": VOCABULARY,
     "metrics": VOCABULARY,
     "executor": VOCABULARY,
-    "dispatch": SERVICES,
+    "waiting": VOCABULARY,
+    "flight": VOCABULARY,
+    "decision": VOCABULARY | {"cost"},
+    "dispatch": SERVICES | {"decision"},
     "scheduler": POLICY,
     "baselines": POLICY | {"scheduler"},
     "telemetry": VOCABULARY | {"dispatch"},
     "engine": POLICY | {"scheduler", "baselines", "telemetry"},
     "ops": {"kernels", "config"},
     "weights": {"config"},
-    "penalties": {"ops"} | VOCABULARY,
     "batch": {"penalties"} | VOCABULARY,
     "model": {"ops", "weights", "batch", "config"},
-    "runner": {"ops", "model", "batch"} | VOCABULARY,
+    "penalties": {"ops"} | VOCABULARY,
+    "runner": {"ops", "model", "batch", "penalties"} | VOCABULARY,
+    "graphs": {"batch"} | VOCABULARY,
     "partition": VOCABULARY,
     "sim": SERVICES,
     "cpu": SERVICES | MODEL,
-    "gpu": SERVICES | MODEL | {"partition"},
+    "gpu": SERVICES | MODEL | {"graphs", "partition"},
     "hub": {"config"},
     "tokenizer": {"config"},
     "startup": EVERY_PART,
@@ -71,6 +75,9 @@ PURE = {
     "cost",
     "metrics",
     "executor",
+    "waiting",
+    "flight",
+    "decision",
     "dispatch",
     "scheduler",
     "baselines",
