@@ -37,6 +37,7 @@ class NullRequest:
     params: SamplingParams
     slo: SLO | None
     num_output: int = 0
+    scheduled_s: float | None = None
 
 
 @dataclass

@@ -69,6 +69,7 @@ class _Stream:
         self.wake = asyncio.Event()
         self.arrival_s, self.slo, self.num_prompt_tokens = arrival_s, slo, num_prompt_tokens
         self.token_s = array("d")  # when each token was seen here
+        self.queued_s: float | None = None  # of the time to its first token, in the engine's queue
         self.facts = logs.facts.get()
 
     def fail(self, error: Exception) -> None:
@@ -290,7 +291,9 @@ class EngineClient:
         else:
             raise ValueError(f"unknown frame {kind!r}")
 
-    def _on_tokens(self, now_s, request_id, token_ids, finish_reason, stop_reason, num_cached_tokens) -> None:
+    def _on_tokens(
+        self, now_s, request_id, token_ids, finish_reason, stop_reason, num_cached_tokens, queued_s=None
+    ) -> None:
         stream = self._streams.get(request_id)
         if stream is None:
             return  # aborted while the step was under way
@@ -301,6 +304,7 @@ class EngineClient:
         output.num_cached_tokens = max(output.num_cached_tokens, num_cached_tokens)
         if token_ids:
             if not stream.token_s:
+                stream.queued_s = queued_s
                 self.admission.on_first_token(stream.num_prompt_tokens, now_s)
             if self.telemetry is not None:
                 since_s = stream.token_s[-1] if stream.token_s else stream.arrival_s
@@ -320,5 +324,5 @@ class EngineClient:
         if not stream.token_s:
             self.admission.on_leave(stream.num_prompt_tokens)
         if self.telemetry is not None:
-            self.telemetry.on_finish(reason, now_s, times)
+            self.telemetry.on_finish(reason, now_s, times, stream.queued_s)
         logs.note(stream.facts, request_id, reason, times, stream.output.num_cached_tokens)

@@ -76,9 +76,10 @@ def run(fd: int, load) -> int:
 
 def _loop(link: FrameLink, engine, messages: list[list]) -> None:
     stats_s, predicted_s, was_busy, predictions = 0.0, time.perf_counter(), True, {}
+    tokenless = {}  # requests whose first token has not been sent
     while True:
         for message in messages:
-            _handle(link, engine, message)
+            _handle(link, engine, message, tokenless)
         events = engine.step() if engine.has_work else []
         is_busy, now_s = engine.has_work, time.perf_counter()
         stats = None
@@ -90,7 +91,10 @@ def _loop(link: FrameLink, engine, messages: list[list]) -> None:
                 _account(stats, is_new=was_busy)
             stats_s, was_busy = now_s, is_busy
         if events or stats:
-            rows = [[e.request_id, e.token_ids, e.finish_reason, e.stop_reason, e.num_cached_tokens] for e in events]
+            rows = [
+                [e.request_id, e.token_ids, e.finish_reason, e.stop_reason, e.num_cached_tokens,
+                 _queued_s(tokenless.pop(e.request_id, None))] for e in events
+            ]  # fmt: skip
             link.send(["step", rows, stats])
         messages = link.receive(0 if is_busy else None)
 
@@ -103,9 +107,15 @@ def _account(stats: dict, is_new: bool) -> None:
         print(f"engine: idle, and {num_leaked} of {num_blocks} KV blocks are missing", file=sys.stderr, flush=True)
 
 
-def _handle(link: FrameLink, engine, message: list) -> None:
+def _queued_s(request) -> float | None:
+    """With a request's first token: how long it was in the queue."""
+    return request.scheduled_s - request.arrival_s if request is not None and request.scheduled_s is not None else None
+
+
+def _handle(link: FrameLink, engine, message: list, tokenless: dict) -> None:
     kind, *rest = message
     if kind == "abort":
+        tokenless.pop(rest[0], None)
         engine.abort(*rest)
     elif kind == "add":
         body = rest[0]
@@ -119,6 +129,7 @@ def _handle(link: FrameLink, engine, message: list) -> None:
                 cache_salt=body["cache_salt"],
             )
             engine.add(request)
+            tokenless[body["id"]] = request
         except ValueError as error:
             link.send(["refused", body["id"], str(error)])
     else:

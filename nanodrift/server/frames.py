@@ -8,7 +8,8 @@ To the engine:    ["start", {model, config, trace}]                 the first fr
                   ["abort", id, reason, stop_reason]
 From the engine:  ["phase", name, share done]                       of the start-up
                   ["ready", {what was loaded}]
-                  ["step", [[id, [tokens], finish_reason, stop_reason, num_cached_tokens], ...], stats or null]
+                  ["step", [[id, [tokens], finish_reason, stop_reason, num_cached_tokens, queued_s], ...],
+                   stats or null]                                   queued_s: with a first token, else null
                   ["refused", id, text]                             this request can never be served
                   ["error", text]                                   the engine is gone after this
 """
