@@ -17,7 +17,7 @@ from running_server import PATIENCE_S, eventually, figures_of, gauge, place_of, 
 from nanodrift.metrics import percentile
 
 WINDOW = 256  # --max-model-len
-SMALL_POOL = ("--device", "cpu", "--max-model-len", str(WINDOW), "--max-num-seqs", "32", "--num-kv-blocks", "40")
+SMALL_POOL = ("--device", "cpu", "--max-model-len", str(WINDOW), "--max-num-seqs", "32", "--num-kv-blocks", "12")
 SHARES = {"left": 0.30, "invalid": 0.05, "too long": 0.05}  # the others want their answer
 INVALID = [
     {"temperature": -1}, {"prompt": []}, {"prompt": "a", "max_tokens": 0}, {"n": 99}, {"stop": [""]}, {"top_p": 7},
@@ -32,18 +32,17 @@ def figures():
 
 
 def questions(number: int) -> list[dict]:
-    """Bodies that share some beginnings, of 1 to 4 blocks with their answers."""
+    """Bodies that share some beginnings, of 1 to 4 blocks with their answers; the first of 50 has a long answer."""
     draw = random.Random(5)
     heads = [[draw.randrange(10, 2000) for _ in range(draw.choice((20, 64, 128, 150)))] for _ in range(6)]
-    return [
-        {
-            "prompt": draw.choice(heads) + [draw.randrange(10, 2000) for _ in range(draw.randrange(1, 40))],
-            "max_tokens": draw.choice((1, 2, 4, 8, 12, 30)),
-            "temperature": 0,
-            "ignore_eos": True,
-        }
-        for _ in range(number)
-    ]
+    asked = []
+    for i in range(number):
+        tail = [draw.randrange(10, 2000) for _ in range(draw.randrange(1, 40))]
+        prompt, max_tokens = draw.choice(heads) + tail, draw.choice((1, 2, 4, 8, 12, 30))
+        if i % 50 == 0:
+            prompt, max_tokens = tail, 200
+        asked.append({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True})
+    return asked
 
 
 def text_and_end(answer: bytes) -> tuple[str, list[str]]:
@@ -161,5 +160,36 @@ def test_a_mixed_crowd_leaves_nothing_behind():
 
 @pytest.mark.slow
 def test_r1_ten_thousand_mixed_requests(figures):
-    figures["R1 mixed requests"] = counts = storm(10_000, num_at_once=64, num_questions=40)
-    assert counts["unlike the answer alone"] == 0 and counts["preemptions"] > 0
+    figures["R1 mixed requests"] = counts = storm(10_000, num_at_once=64, num_questions=50)
+    assert counts["unlike the answer alone"] == 0
+
+
+@pytest.mark.slow
+def test_r4_a_pool_of_twice_the_longest_request(figures):
+    """200 requests at once in a pool for two of the longest: they are preempted and computed again, and answer alike."""
+    draw = random.Random(3)
+    asked = [
+        {"prompt": [draw.randrange(10, 2000) for _ in range(draw.randrange(1, 60))], "max_tokens": WINDOW - 60}
+        | {"temperature": 0, "ignore_eos": True}
+        for _ in range(200)
+    ]
+    answers, figure = {}, {}
+    for name, num_blocks in (("roomy", 1000), ("small", 2 * WINDOW // 64)):
+        options = ("--max-model-len", str(WINDOW), "--max-num-seqs", "32", "--num-kv-blocks", str(num_blocks))
+        with program("--port", "0", "--device", "cpu", *options) as one:
+            url, started_s = one.wait_url(), time.perf_counter()
+
+            async def all_of_them(url=url) -> list[tuple[bytes, list[float]]]:
+                return await asyncio.gather(*(talk(url, request_bytes(**body)) for body in asked))
+
+            answers[name] = [text_and_end(answer) for answer, _ in asyncio.run(all_of_them())]
+            figure[f"seconds_{name}"] = round(time.perf_counter() - started_s, 1)
+            engine = httpx.get(f"{url}/load").json()["engine"]
+            assert engine["kv_blocks_leaked"] == 0 and engine["num_kv_blocks"] == num_blocks
+    unlike = sum(a != b for a, b in zip(answers["roomy"], answers["small"], strict=True))
+    figures["R4 pool of twice the longest"] = figure | {
+        "requests": 200,
+        "preemptions": engine["num_preemptions_total"],
+        "unlike the roomy pool's": unlike,
+    }
+    assert engine["num_preemptions_total"] > 0 and unlike == 0

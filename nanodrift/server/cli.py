@@ -2,6 +2,7 @@
 
     python serve.py                          the embedded model, on whatever device there is
     python serve.py --model qwen3-0.6b --device cuda --api-key ...
+    python -m nanodrift.server.cli           the same where nanodrift is installed
 
 The order matters to people: settings are checked first, then the port, and only then do weights load. While they load
 the server answers, /health with 503. SIGTERM lets answers in flight end, refusing new ones; a second SIGTERM, or
@@ -18,19 +19,19 @@ import ipaddress
 import logging
 import signal
 import socket
+import sys
 import time
 
 from rich.console import Console
 
 from nanodrift.config import ConfigError, EngineConfig
-from nanodrift.server import dashboard, logs, startup
+from nanodrift.server import logs, startup
 from nanodrift.server.app import build_app
 from nanodrift.server.client import ENGINE_COMMAND, EngineClient, EngineDead
 from nanodrift.server.connection import HttpServer, http_server
 from nanodrift.server.options import KEY_VARIABLE, api_keys, engine_config, parse
 from nanodrift.server.served import Served
 from nanodrift.server.telemetry import Telemetry
-from nanodrift.tokenizer import Tokenizer
 
 EMBEDDED_NAME = "nanodrift-storyteller"
 LINGER_S = 2.0  # after the engine has died: whoever asks /health meanwhile learns it
@@ -107,8 +108,6 @@ async def _serve(args: argparse.Namespace, config: EngineConfig, keys, listener:
         if loading.done():
             await loading
             voice.print_table(client.info, time.perf_counter() - started_s, url, names[0], config.slo, bool(keys))
-            if args.dashboard:
-                tasks.append(asyncio.create_task(dashboard.show(Console(stderr=True), client, telemetry, config.slo)))
             await _first_of(ended, stopping, draining, serving)
             if draining.done():
                 tasks.append(asyncio.create_task(_all_answered(server)))
@@ -154,15 +153,12 @@ async def _load(client: EngineClient, served: Served) -> None:
     """Waits until the engine is ready and its tokenizer is read. Raises EngineDead or ConfigError."""
     console = Console(stderr=True)  # a person's terminal, or nothing is shown
     with console.status("loading") if console.is_terminal else contextlib.nullcontext() as status:
-        waiting = asyncio.create_task(client.wait_ready())
+        waiting = asyncio.create_task(served.finish_loading())
         while not waiting.done():
             if status is not None:
                 status.update(f"loading: {client.phase}")
             await asyncio.wait((waiting,), timeout=0.2)
         await waiting
-    if client.info["has_tokenizer"]:
-        served.tokenizer = await asyncio.to_thread(Tokenizer.from_folder, client.info["folder"])
-    served.is_ready = True
 
 
 def _url(host: str, listener: socket.socket) -> str:
@@ -176,3 +172,7 @@ def _is_loopback(address: str) -> bool:
         return ipaddress.ip_address(address.partition("%")[0]).is_loopback
     except ValueError:
         return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -42,6 +42,13 @@ class Served:
             return "loading" if not self.is_ready else "draining" if self.is_draining else "ready"
         return state
 
+    async def finish_loading(self) -> None:
+        """Waits until the engine is ready and its tokenizer is read. Raises EngineDead."""
+        await self.client.wait_ready()
+        if self.client.info["has_tokenizer"]:
+            self.tokenizer = await asyncio.to_thread(Tokenizer.from_folder, self.client.info["folder"])
+        self.is_ready = True
+
     @property
     def max_model_len(self) -> int:
         return self.client.info["max_model_len"]
