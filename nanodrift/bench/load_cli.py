@@ -12,14 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
-from dataclasses import asdict, fields, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from nanodrift.bench import machine, offline, report, workloads
+from nanodrift.bench import machine, report, residency, workloads
 from nanodrift.bench.client import Server
 from nanodrift.bench.goodput import search
 from nanodrift.bench.load import Record, run_workload
@@ -32,9 +35,12 @@ from nanodrift.bench.options import (
     server_options,
     workload_of,
 )
-from nanodrift.config import SLO, EngineConfig
-from nanodrift.startup import load_engine, resolve_device
+from nanodrift.bench.policies import parse_all
+from nanodrift.bench.targets import EngineTarget, SimTarget
+from nanodrift.config import SLO
+from nanodrift.dispatch import Mode
 
+SEARCH_DRAIN_S = 60.0  # of a goodput search: what is not done a minute after the last arrival is a miss
 MODES = ("serve", "run", "goodput", "compare", "plot")
 TO_FILE_ONLY = ("start_times", "input_lens", "output_lens", "ttfts", "itls", "latencies", "errors", "cdf")
 
@@ -89,10 +95,16 @@ def put_load(mode: str, options: dict, console: Console) -> dict:
     slo = SLO(options["slo_ttft_ms"], options["slo_tbt_ms"])
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to stop, it writes what it has
     is_server = mode == "serve" or (mode == "goodput" and options["base_url"])
-    target = ServerTarget(options, slo) if is_server else EngineTarget(options, slo, console)
+    target = ServerTarget(options, slo) if is_server else InProcess(options, slo, console)
     try:
         result = target.about | conditions(mode, options, slo)
-        return result | (find(target, options, console) if mode == "goodput" else once(target, options, slo, console))
+        if mode != "goodput":
+            return result | once(target, options, slo, console)
+        if not is_server:
+            return result | find_all(target, options, console)
+        found = find(target, options, console)
+        show_goodput(found, console)
+        return result | found
     finally:
         signal.signal(signal.SIGTERM, before)
         target.close()
@@ -148,36 +160,52 @@ class ServerTarget:
         pass
 
 
-class EngineTarget:
-    """The engine in this process."""
+class InProcess:
+    """The engine of this process, or the simulated one, under one policy at a time."""
 
     def __init__(self, options: dict, slo: SLO, console: Console):
-        names = {field.name for field in fields(EngineConfig)}
-        config = replace(EngineConfig.from_options(**{k: v for k, v in options.items() if k in names}), slo=slo)
-        device = resolve_device(config.device)
-        with console.status("loading and warming up"):
-            self.loaded = load_engine(options.get("model"), config)
-            offline.throughput(self.loaded.engine, num_prompts=2, input_len=32, output_len=4, seed=config.seed + 1)
-        self.seed, self.max_model_len, self.slo = config.seed, self.loaded.max_model_len, slo
-        self.about = machine.describe(device) | {
-            "model_id": options.get("model", "embedded"),
-            "dtype": str(self.loaded.dtype).removeprefix("torch."),
-            "max_model_len": self.max_model_len,
-            "num_kv_tokens": self.loaded.num_kv_tokens,
-            "seed": config.seed,
-            "engine": asdict(config),
-        }
+        self.specs = parse_all(options["policy"]) if options.get("policy", "auto") != "auto" else []
+        if options.get("device") == "sim":
+            self.target = SimTarget(options)
+        else:
+            with console.status("loading and warming up"):
+                self.target = EngineTarget(options, self.specs)
+        self.specs = self.specs or [self.target.default_policy]
+        settings = {"budget_tokens": options.get("chunk_tokens"), "decode_sms": options.get("decode_sms")}
+        if "modes" in options:
+            settings["modes"] = tuple(Mode(mode) for mode in options["modes"].split(","))
+        given = {key: value for key, value in settings.items() if value is not None}
+        self.specs = [replace(spec, **given) if ":" not in spec.text else spec for spec in self.specs]
+        self.spec, self.slo = self.specs[0], slo
+        for spec in self.specs:
+            self.engine = self.target.engine_for(spec, slo)  # mistakes come first
+        self.seed, self.max_model_len = self.target.seed, self.target.max_model_len
+        self.about = self.target.about
+        self.power: dict = {}
 
     def measure(self, workload, rate, seed: int, options: dict, **more) -> list[Record]:
-        encode = self.loaded.tokenizer.encode if self.loaded.tokenizer is not None else None
-        settings = run_options(options) | {"num_ids": min(options["vocab_size"], self.loaded.model_config.vocab_size)}
-        return run_workload(self.loaded.engine, workload, rate, seed, **settings, slo=self.slo, encode=encode, **more)
+        settings = run_options(options) | {"num_ids": min(options["vocab_size"], self.target.vocab_size)}
+        settings["drain_s"] = options["drain_s"] if options["drain_s"] is not None else math.inf
+        self.engine = self.target.engine_for(self.spec, self.slo)
+        with self.target.power() as power:
+            records = run_workload(
+                self.engine, workload, rate, seed, **settings, slo=self.slo, encode=self.target.encode, **more
+            )
+        tokens = sum(record.num_prompt_tokens + len(record.token_s) for record in records)
+        self.power = power.figures(tokens)
+        return records
 
     def telemetry(self) -> dict:
-        return {"stats": self.loaded.engine.stats()}
+        stats, predictions = self.engine.stats(), self.engine.predictions()
+        return {
+            "policy": self.spec.text,
+            "stats": stats,
+            "policy_figures": residency.figures(stats, predictions=predictions) | self.power,
+            "policy_block": residency.block(stats, predictions=predictions),
+        }
 
     def close(self) -> None:
-        self.loaded.engine.close()
+        self.target.close()
 
 
 def once(target, options: dict, slo: SLO, console: Console) -> dict:
@@ -187,13 +215,62 @@ def once(target, options: dict, slo: SLO, console: Console) -> dict:
     progress = Progress(console, len(workload.samples), workload.name)
     records = target.measure(workload, rate_of(options, workload), target.seed, options, advance=progress)
     result = report.result_of(records, slo, workload, options["save_detailed"])
-    result |= {"notes": workload.notes, **target.telemetry()}
+    telemetry = target.telemetry()
+    result |= {"notes": workload.notes, **telemetry}
     shown = result | {k: options[k] for k in ("max_concurrency",)}
     rate = options["request_rate"] or ("trace" if workload.has_arrivals else "inf")
-    console.print(f"\r{report.frame(shown | {'request_rate': str(rate)})}", highlight=False, markup=False)
+    frame = report.frame(shown | {"request_rate": str(rate)}, telemetry.pop("policy_block", ()))
+    console.print(f"\r{frame}", highlight=False, markup=False)
+    result.pop("policy_block", None)
     if options["csv"]:
         report.append_csv(options["csv"], target.about | conditions("", options, slo) | result)
     return result
+
+
+def find_all(target: InProcess, options: dict, console: Console) -> dict:
+    """The search for each policy; with one of them its result, with several a list and a table."""
+    is_simulated, specs = target.target.is_simulated, target.specs
+    options = options | {"drain_s": options["drain_s"] or SEARCH_DRAIN_S}
+    found = []
+    if is_simulated and len(specs) > 1:
+        settings = {key: value for key, value in options.items() if key not in ("output", "csv")}
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, len(specs)), get_context("spawn")) as pool:
+            for result in pool.map(find_simulated, [settings | {"policy": spec.text} for spec in specs]):
+                show_goodput(result, console)
+                found.append(result)
+    else:
+        for spec in specs:
+            target.spec = spec
+            found.append({"policy": spec.text} | find(target, options, console))
+            show_goodput(found[-1], console)
+            if found[-1].get("interrupted"):
+                break
+    if len(specs) == 1:
+        return found[0]
+    return {"policies": found, "interrupted": len(found) < len(specs) or found[-1].get("interrupted", False)}
+
+
+def find_simulated(options: dict) -> dict:
+    """One policy's search, in a process of its own."""
+    quiet = Console(stderr=True, quiet=True)
+    slo = SLO(options["slo_ttft_ms"], options["slo_tbt_ms"])
+    target = InProcess(options, slo, quiet)
+    return {"policy": target.spec.text} | find(target, options, quiet)
+
+
+def show_goodput(result: dict, console: Console) -> None:
+    for percent in (90, 99):
+        if f"max_rate_at_{percent}" not in result:
+            continue
+        miss = result[f"first_miss_at_{percent}"]
+        name = f"{result['policy']}: " if result.get("policy") else ""
+        console.print(
+            f"{name}goodput at {percent}%: [bold]{result[f'max_rate_at_{percent}']:.3f}[/] requests/s"
+            + (f" (first miss at {miss:.3f})" if miss else " (no miss was found)")
+            + (", SIMULATED" if result.get("simulated") else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def find(target, options: dict, console: Console) -> dict:
@@ -220,6 +297,7 @@ def find(target, options: dict, console: Console) -> dict:
             soft_wrap=True,
         )
 
+    told = {"simulated": True} if target.about.get("simulated") else {}
     start = options["request_rate"] or 1.0
     seeds = range(target.seed, target.seed + options["seeds"])
     points: list[dict] = []
@@ -232,15 +310,8 @@ def find(target, options: dict, console: Console) -> dict:
     try:
         result = search(measure, start, seeds=seeds, **limits, on_point=on_point)
     except KeyboardInterrupt:
-        return {"points": points, "is_complete": False, "interrupted": True, "notes": list(notes)}
-    for percent in (90, 99):
-        miss = result[f"first_miss_at_{percent}"]
-        console.print(
-            f"goodput at {percent}%: [bold]{result[f'max_rate_at_{percent}']:.3f}[/] requests/s"
-            + (f" (first miss at {miss:.3f})" if miss else " (no miss was found)"),
-            highlight=False,
-            soft_wrap=True,
-        )
+        return {"points": points, "is_complete": False, "interrupted": True, "notes": list(notes)} | told
     counts = sorted({point["issued"] for point in result["points"]})
     size = {"requests_per_point": "-".join(map(str, sorted({counts[0], counts[-1]}))), "seeds": len(seeds)}
-    return result | size | {"notes": list(notes), **target.telemetry()}
+    telemetry = {key: value for key, value in target.telemetry().items() if key not in ("policy", "policy_block")}
+    return result | size | {"notes": list(notes), **telemetry} | told

@@ -117,6 +117,12 @@ def load_options() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how it is judged and kept")
     how.add_argument("--slo-ttft-ms", type=positive, default=SLO.ttft_ms, metavar="MS")
     how.add_argument("--slo-tbt-ms", type=positive, default=SLO.tbt_ms, metavar="MS", help="P99 of a request's gaps")
+    how.add_argument(
+        "--drain-s",
+        type=positive,
+        metavar="S",
+        help="in process: what is not done so long after the last arrival is a miss",
+    )
     how.add_argument("--save-detailed", action="store_true", help="per-request lists in the JSON (compare needs them)")
     how.add_argument("--csv", type=Path, metavar="FILE", help="append the figures as a line")
     return parser

@@ -198,8 +198,8 @@ FRAME = (  # (section, rows of (label, key, format))
 )  # fmt: skip
 
 
-def frame(result: dict) -> str:
-    """The result as vLLM prints it, our sections added; a figure that does not exist is left out."""
+def frame(result: dict, more: Sequence[str] = ()) -> str:
+    """The result as vLLM prints it, our sections and ``more`` added; a figure that does not exist is left out."""
     lines = []
     for index, (title, rows) in enumerate(FRAME):
         if title == "SLO":
@@ -210,7 +210,7 @@ def frame(result: dict) -> str:
             for label, key, kind in rows
             if result.get(key) is not None
         ]
-    lines += ["=" * WIDTH, *result["warnings"]]
+    lines += [*more, "=" * WIDTH, *result["warnings"]]
     if result["error_counts"]:
         lines += [f"{count} x {error}" for error, count in result["error_counts"].items()]
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 
 from nanodrift.bench import simulate
 from nanodrift.bench.policies import PolicySpec, parse
@@ -18,6 +18,8 @@ from nanodrift.cost import Observer
 from nanodrift.dispatch import Mode
 from nanodrift.engine import Engine
 from nanodrift.scheduler import Scheduler
+
+SETTINGS = {"modes", "chunk_tokens", "decode_sms"}  # of policies: whoever makes these reads them
 
 
 class NoPower:
@@ -32,10 +34,11 @@ class SimTarget:
 
     is_simulated = True
     encode = None  # no tokenizer: prompts are ids
+    default_policy = PolicySpec("mux", "mux")
 
     def __init__(self, options: dict):
         known = {field.name for field in fields(EngineConfig)} & options.keys()
-        unused = sorted(known - {"device", "prefix_caching", "seed", "load_format", "policy", "profile"})
+        unused = sorted(known - {"device", "prefix_caching", "seed", "load_format", "policy", "profile"} - SETTINGS)
         if unused:
             raise ConfigError(f"the simulated machine has no option --{unused[0].replace('_', '-')}")
         model, caching = options.get("model", simulate.DEFAULT_MODEL), options.get("prefix_caching", True)
@@ -76,7 +79,7 @@ class EngineTarget:
 
         names = {field.name for field in fields(EngineConfig)}
         given = {k: v for k, v in options.items() if k in names}
-        if policies is not None:  # all of a sweep: the device is divided for every one of them
+        if policies:  # all of a sweep: the device is divided for every one of them
             given |= {"policy": "auto"}
             sms = [spec.decode_sms for spec in policies if ":" in spec.text and spec.name in ("static", "overlap")]
             given |= {"decode_sms": sms[0]} if sms else {}
@@ -100,6 +103,10 @@ class EngineTarget:
             "engine": asdict(self.config),
             "start_s": self.loaded.phases_s,
         }
+
+    @property
+    def default_policy(self) -> PolicySpec:
+        return parse("mux" if len(self.loaded.engine.executor.partitions) > 1 else "turns")
 
     def engine_for(self, spec: PolicySpec, slo: SLO) -> Engine:
         """Raises ConfigError for a policy that divides a device which is not divided."""
@@ -147,13 +154,3 @@ class EngineTarget:
 def target_of(options: dict, policies: list[PolicySpec] | None = None) -> SimTarget | EngineTarget:
     """The machine that ``--device`` names. Raises ConfigError."""
     return SimTarget(options) if options.get("device") == "sim" else EngineTarget(options, policies)
-
-
-def spec_of(options: dict, default: str) -> PolicySpec:
-    """The one policy of a mode that takes one, as ``--policy`` and its settings name it."""
-    text = options.get("policy", default)
-    spec = parse(default if text == "auto" else text)
-    settings = {"budget_tokens": options.get("chunk_tokens"), "decode_sms": options.get("decode_sms")}
-    if "modes" in options:
-        settings["modes"] = tuple(Mode(mode) for mode in options["modes"].split(","))
-    return replace(spec, **{key: value for key, value in settings.items() if value is not None})
