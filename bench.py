@@ -9,6 +9,7 @@ OWN_COMMAND_LINES = {  # modes with a parser of their own; explain, sim and a si
     "sweep": "sweep",
     "calibrate": "calibrate",
     "map": "map",
+    "kernels": "kernels",
 }
 
 if __name__ == "__main__":
