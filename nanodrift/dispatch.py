@@ -18,59 +18,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import Enum
-from typing import Protocol
+from dataclasses import dataclass, replace
 
-from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
-from nanodrift.plan import Lane, Partition
+from nanodrift.cost import Cell, CostModel, Guard, PrefillLoad
+from nanodrift.decision import Decision, Load, Mode, Policy  # noqa: F401
+from nanodrift.plan import MAX_FUSED_SLICES, Lane, Partition
 
-TOKEN_CHUNKS = (64, 128, 256, 512, 1024, 2048)  # of a fused step, decoding rows not counted
+FUSED_TOKENS = (64, 128, 256, 512, 1024, 2048)  # chunks of a fused step; others are padded to the next of these
 MIN_PREFILL_SHARE = 0.1  # of the time, when no mode can keep the TBT
 LONE_PIECE_S = 5e-3  # of prefill while nothing decodes: what a first decode step may have to wait for, twice
 HYSTERESIS = 0.05  # a new choice must be better by this
-
-
-class Mode(Enum):
-    SPLIT = "split"
-    FUSED = "fused"
-    EXCLUSIVE = "exclusive"
-
-
-@dataclass(frozen=True)
-class Load:
-    """What the dispatcher decides for: the running batch, its promise, and the prompt that is next."""
-
-    decode: DecodeLoad
-    tbt_s: float  # the tightest TBT among the running requests
-    prompt_tokens: int = 0  # that wait to be computed, of all prompts together
-    prompt_start: int = 0  # where the next token chunk begins in its prompt: cached and computed tokens before it
-    is_chunk_open: bool = False  # a chunk is on its way through the layers, and must go on by layers
-
-
-@dataclass(frozen=True)
-class Decision:
-    """How the two lanes share the device until the next decision."""
-
-    mode: Mode
-    partition: Partition
-    token_chunk: int  # prompt tokens of the next chunk
-    layers: int  # of one prefill piece, about as long as a decode step
-    step_s: float = 0.0  # guarded prediction of the gap between two tokens; 0 where nothing was predicted
-    prompt_tokens_per_s: float = 0.0
-    is_unmeetable: bool = False
-
-    def describe(self) -> str:
-        where = "whole chip" if self.partition.is_shared else f"{self.partition.decode_sms} SMs decode"
-        late = ", TBT unmeetable" if self.is_unmeetable else ""
-        rate = f"{self.prompt_tokens_per_s:,.0f} prompt tokens/s"
-        return f"{self.mode.value} ({where}): gap <= {1e3 * self.step_s:.1f} ms, {rate}{late}"
-
-
-class Policy(Protocol):
-    """What the scheduler asks before it launches anything: this module's dispatcher, or one of baselines.py."""
-
-    def choose(self, load: Load, current: Decision | None = None) -> Decision: ...
+MERGE_STEPS = 1.5  # split: the gap after a first token is at most so many steps (Scheduler._must_hold says why)
 
 
 @dataclass(frozen=True)
@@ -86,7 +44,10 @@ class Turns:
 
 
 class Dispatcher:
-    """The modes and partitions that may be used on one machine for one model."""
+    """The modes and partitions that may be used on one machine for one model.
+
+    Without ``side_by_side`` the two attentions of a fused step follow each other on the whole chip.
+    """
 
     def __init__(
         self,
@@ -96,8 +57,9 @@ class Dispatcher:
         *,
         max_prefill_tokens: int,
         modes: Iterable[Mode] = tuple(Mode),
+        side_by_side: bool = True,
     ):
-        self.cost, self.guard, self.modes = cost, guard, tuple(modes)
+        self.cost, self.guard, self.modes, self.side_by_side = cost, guard, tuple(modes), side_by_side
         self.max_prefill_tokens = max_prefill_tokens
         partitions = tuple(partitions)
         self.whole_chip = next(p for p in partitions if p.is_shared)
@@ -107,7 +69,7 @@ class Dispatcher:
         """The best option; the one in force unless it fails the TBT or another is better by the margin."""
         if load.decode.batch == 0 or load.prompt_tokens == 0:
             return self._alone(load)
-        options = self.options(load)
+        options = self.options(load, current)
         if not options:
             return self._unmeetable(load)
         best = max(options, key=lambda option: option.prompt_tokens_per_s)
@@ -118,88 +80,117 @@ class Dispatcher:
             return kept
         return best
 
-    def options(self, load: Load) -> list[Decision]:
+    def options(self, load: Load, current: Decision | None = None) -> list[Decision]:
         """Every permitted way that keeps the TBT, at most one a mode."""
-        makers = {Mode.SPLIT: self._split, Mode.FUSED: self._fused, Mode.EXCLUSIVE: self._exclusive}
         modes = self.modes
         if load.is_chunk_open:  # modes change at the boundaries of chunks; taking turns can always finish one
             modes = [mode for mode in modes if mode is not Mode.FUSED] or [Mode.EXCLUSIVE]
+        guess = current.token_chunk if current and current.mode is Mode.FUSED else 512
+        makers = {
+            Mode.SPLIT: self._split,
+            Mode.FUSED: lambda load: self._fused(load, guess),
+            Mode.EXCLUSIVE: self._exclusive,
+        }
         options = (makers[mode](load) for mode in modes)
         return [option for option in options if option is not None]
 
     def split_at(self, load: Load, partition: Partition) -> Decision:
         """Decode and prefill side by side on this partition, whatever it means for the TBT."""
-        chunk = self._chunk(load, self.max_prefill_tokens)
+        chunk, merged = load.chunk(self.max_prefill_tokens)
         cell = Cell.of(chunk, load.decode, partition.decode_sms)
-        solo_s = self.cost.decode_s(load.decode, partition.decode_sms)
-        step_s = solo_s * self.guard.factor(Lane.DECODE, cell).worst
+        decode_s = self.cost.decode_s(merged, partition.decode_sms) * self.guard.factor(Lane.DECODE, cell).worst
+        gap_s = decode_s * (MERGE_STEPS if chunk.num_sampled or load.is_merging else 1.0)
         prefill_s = self.cost.prefill_s(chunk, partition.prefill_sms) * self.guard.factor(Lane.PREFILL, cell).mean
-        rate, layers = chunk.num_tokens / prefill_s, self._layers(solo_s, prefill_s)
-        return Decision(Mode.SPLIT, partition, chunk.num_tokens, layers, step_s, rate, step_s > load.tbt_s)
+        rate, layers = chunk.num_tokens / prefill_s, self._layers(decode_s, prefill_s)
+        is_late = gap_s > load.tbt_s
+        return Decision(Mode.SPLIT, partition, chunk.num_tokens, layers, gap_s, rate, is_late, decode_s)
 
     def _split(self, load: Load) -> Decision | None:
         """Best fit: the smallest decode half whose guarded step meets the TBT leaves the most SMs to prefill."""
         halves = (self.split_at(load, partition) for partition in self.splits)
         return next((half for half in halves if not half.is_unmeetable), None)
 
-    def _fused(self, load: Load) -> Decision | None:
-        """The token chunk of the highest rate that keeps the TBT, the attentions beside each other where that pays."""
-        best = None
-        for size in TOKEN_CHUNKS:
-            if size > self.max_prefill_tokens:
+    def fused_at(self, load: Load, partition: Partition, size: int) -> Decision:
+        """One pass for both with a chunk of this size, its attentions on this partition, whatever the TBT says."""
+        chunk, _ = load.chunk(size, MAX_FUSED_SLICES)
+        padded = replace(chunk, num_tokens=size)
+        solo_s = self.cost.fused_s(padded, load.decode, partition.prefill_sms, partition.decode_sms)
+        cell = Cell.of(chunk, load.decode, partition.decode_sms)
+        step_s = solo_s * (1.0 if partition.is_shared else self.guard.factor(Lane.DECODE, cell).worst)
+        rate, layers = chunk.num_tokens / solo_s, self.cost.num_layers
+        return Decision(Mode.FUSED, partition, chunk.num_tokens, layers, step_s, rate, step_s > load.tbt_s, step_s)
+
+    def _fused(self, load: Load, guess: int) -> Decision | None:
+        """The largest token chunk that keeps the TBT, the attentions beside each other where that pays."""
+        best = self._largest_fused(load, self.whole_chip, guess)
+        if self.side_by_side and self.splits:
+            size = best.token_chunk if best else FUSED_TOKENS[0]
+            beside = min((self.fused_at(load, p, size) for p in self.splits), key=lambda option: option.step_s)
+            if best is None or beside.step_s < best.step_s:
+                beside = self._largest_fused(load, beside.partition, size)
+                best = max(best, beside, key=lambda o: o.prompt_tokens_per_s if o else 0.0)
+        return best
+
+    def _largest_fused(self, load: Load, partition: Partition, guess: int) -> Decision | None:
+        """The largest chunk on this partition whose step keeps the TBT: a search by halves that begins at ``guess``."""
+        most = load.chunk(self.max_prefill_tokens, MAX_FUSED_SLICES)[0].num_tokens
+        sizes = FUSED_TOKENS[: 1 + sum(size < most for size in FUSED_TOKENS)]
+        low, high, best = -1, len(sizes), None  # the largest size known to fit, the smallest known not to
+        probe, stride = min(sum(size < guess for size in sizes), high - 1), 1
+        while high - low > 1:
+            option = self.fused_at(load, partition, sizes[probe])
+            if option.is_unmeetable:
+                high, probe = probe, probe - stride
+            else:
+                low, best, probe = probe, option, probe + stride
+            stride *= 2
+            probe = min(max(probe, low + 1), high - 1)
+        while low > 0:  # far into a prompt smaller ones are faster, since attention grows with the chunk
+            smaller = self.fused_at(load, partition, sizes[(low := low - 1)])
+            if smaller.prompt_tokens_per_s <= best.prompt_tokens_per_s:
                 break
-            chunk = self._chunk(load, size)
-            for partition in (self.whole_chip, *self.splits):
-                solo_s = self.cost.fused_s(chunk, load.decode, partition.prefill_sms, partition.decode_sms)
-                cell = Cell.of(chunk, load.decode, partition.decode_sms)
-                worst = 1.0 if partition.is_shared else self.guard.factor(Lane.DECODE, cell).worst
-                step_s, rate = solo_s * worst, chunk.num_tokens / solo_s
-                if step_s <= load.tbt_s and (best is None or rate > best.prompt_tokens_per_s):
-                    layers = self.cost.num_layers
-                    best = Decision(Mode.FUSED, partition, chunk.num_tokens, layers, step_s, rate)
-            if size >= load.prompt_tokens:
-                break
+            best = smaller
         return best
 
     def _exclusive(self, load: Load) -> Decision | None:
         """A decode step on the whole chip, then prefill layers until the TBT is used up."""
-        decode_s = self.cost.decode_s(load.decode, self.whole_chip.decode_sms)
-        chunk = self._chunk(load, self.max_prefill_tokens)
-        prefill_s = self.cost.prefill_s(chunk, self.whole_chip.prefill_sms)
-        layers = math.floor((load.tbt_s - decode_s) / prefill_s * self.cost.num_layers)
-        if layers < 1:
-            return None
-        return self._in_turns(load, chunk, min(layers, self.cost.num_layers))
+        chunk, _ = load.chunk(self.max_prefill_tokens)
+        decode_s, layer_s, head_s = self._turn(load, chunk)
+        layers = math.floor((load.tbt_s - decode_s - head_s) / layer_s)
+        return self._in_turns(load, chunk, layers) if layers >= 1 else None
+
+    def _turn(self, load: Load, chunk: PrefillLoad) -> tuple[float, float, float]:
+        """Seconds on the whole chip of a decode step, of a prefill layer, and of the head behind the last layer."""
+        sms = self.whole_chip.prefill_sms
+        body_s = self.cost.prefill_s(PrefillLoad(chunk.num_tokens, chunk.num_pairs), sms)
+        head_s = self.cost.prefill_s(chunk, sms) - body_s if chunk.num_sampled else 0.0
+        return self.cost.decode_s(load.decode, sms), body_s / self.cost.num_layers, head_s
 
     def _in_turns(self, load: Load, chunk: PrefillLoad, layers: int, is_unmeetable: bool = False) -> Decision:
-        decode_s = self.cost.decode_s(load.decode, self.whole_chip.decode_sms)
-        prefill_s = self.cost.prefill_s(chunk, self.whole_chip.prefill_sms)
-        gap_s = decode_s + prefill_s * layers / self.cost.num_layers
+        decode_s, layer_s, head_s = self._turn(load, chunk)
+        layers = min(layers, self.cost.num_layers)
+        gap_s = decode_s + layer_s * layers + head_s
         rate = chunk.num_tokens * layers / self.cost.num_layers / gap_s
-        return Decision(Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, gap_s, rate, is_unmeetable)
+        decision = (Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, gap_s, rate)
+        return Decision(*decision, is_unmeetable, decode_s)
 
     def _unmeetable(self, load: Load) -> Decision:
         """Decode has the chip; prefill gets its minimum share of the time, at least one layer a turn."""
-        chunk = self._chunk(load, self.max_prefill_tokens)
-        decode_s = self.cost.decode_s(load.decode, self.whole_chip.decode_sms)
-        prefill_s = self.cost.prefill_s(chunk, self.whole_chip.prefill_sms)
+        chunk, _ = load.chunk(self.max_prefill_tokens)
+        decode_s, layer_s, _ = self._turn(load, chunk)
         share_s = decode_s * MIN_PREFILL_SHARE / (1 - MIN_PREFILL_SHARE)
-        layers = max(1, math.floor(share_s / prefill_s * self.cost.num_layers))
-        return self._in_turns(load, chunk, min(layers, self.cost.num_layers), is_unmeetable=True)
+        return self._in_turns(load, chunk, max(1, math.floor(share_s / layer_s)), is_unmeetable=True)
 
     def _alone(self, load: Load) -> Decision:
         """One lane has nothing to do: the other gets the chip. Prefill goes in short pieces, for a decode may begin."""
-        chunk = self._chunk(load, self.max_prefill_tokens)
+        chunk, _ = load.chunk(self.max_prefill_tokens)
         decode_s = self.cost.decode_s(load.decode, self.whole_chip.decode_sms) if load.decode.batch else 0.0
         layers, rate = self.cost.num_layers, 0.0
         if chunk.num_tokens:
             prefill_s = self.cost.prefill_s(chunk, self.whole_chip.prefill_sms)
             layers, rate = self._layers(LONE_PIECE_S, prefill_s), chunk.num_tokens / prefill_s
-        is_late = decode_s > load.tbt_s
-        return Decision(Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, decode_s, rate, is_late)
-
-    def _chunk(self, load: Load, most_tokens: int) -> PrefillLoad:
-        return PrefillLoad.of_chunk(min(load.prompt_tokens, most_tokens), load.prompt_start)
+        decision = (Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, decode_s, rate)
+        return Decision(*decision, decode_s > load.tbt_s, decode_s)
 
     def _layers(self, decode_s: float, prefill_s: float) -> int:
         """N_layers = ceil(T_decode x layers / T_prefill): a piece lasts about one decode step, launch time included."""

@@ -7,6 +7,7 @@ its clock is the only time.
 from __future__ import annotations
 
 import heapq
+import math
 
 from nanodrift.config import SLO
 from nanodrift.cost import Observer
@@ -106,8 +107,9 @@ class Engine:
                     self.scheduler.on_launch(ticket)
                     self.telemetry.on_launch(ticket, self.scheduler.decision)
                     has_launched = True
-        if self._arrivals:
-            until_s = min(self._arrivals[0][0], until_s if until_s is not None else float("inf"))
+        due_s = min(self._arrivals[0][0] if self._arrivals else math.inf, self.scheduler.wake_s)
+        if due_s < math.inf:
+            until_s = due_s if until_s is None else min(until_s, due_s)
         events = []
         for completion in self.executor.wait(until_s):
             events += self.scheduler.on_complete(completion)

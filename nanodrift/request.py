@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
-from nanodrift.config import SLO
+from nanodrift.config import BLOCK_SIZE, SLO
 from nanodrift.plan import Logprobs, RowParams
 
 MAX_STOP_TOKEN_IDS = 16  # ids that min_tokens can hold back on the device
@@ -111,7 +112,7 @@ class RequestState(Enum):
 
 @dataclass(eq=False)  # two requests are never the same one
 class Request:
-    """One request from arrival to end. The scheduler owns every field below ``cache_salt``."""
+    """One request from arrival to end. The scheduler owns every field below ``priority``."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -121,9 +122,13 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()  # eos ids (unless ignored) and the user's own
     seed: int = 0
     cache_salt: str | None = None  # requests share cached prefixes only with those of the same salt
+    priority: int = 0  # lower goes first
 
     number: int = 0  # counts up in order of arrival
     row_params: RowParams = field(default_factory=RowParams)  # what the device's sampler needs of params
+    most_tokens: int = 0  # prompt and output together
+    start_by_s: float = 0.0  # when its prefill must begin so that the TTFT is kept
+    turn: tuple[float, float] = (0.0, 0.0)  # its place in the queue: priority, start_by_s
     state: RequestState = RequestState.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(init=False)  # prompt and output
@@ -135,6 +140,9 @@ class Request:
     row: int | None = None  # its place in the device's per-request tables
     block_ids: list[int] = field(default_factory=list)
     nodes: list = field(default_factory=list)  # kvcache.Node of its leading blocks; held iff it holds blocks
+    num_slices: int = 0  # of its prompt, in token chunks so far
+    num_overtaken: int = 0  # times another prompt was let go first while this one was under way
+    has_overtaken: bool = False
     num_preemptions: int = 0
     finish_reason: str | None = None  # stop | length | abort
     stop_reason: int | str | None = None  # the stop token id or stop string that ended it
@@ -158,6 +166,52 @@ class Request:
         has_counts = params.repetition_penalty != 1 or (params.has_penalty and is_resumed)
         return not has_counts and self.params.prompt_logprobs is None
 
+    def check_size(self, max_model_len: int, num_blocks: int) -> None:
+        """Raises ValueError, naming both numbers, if it can never be served with this context and so many KV blocks."""
+        num_prompt = len(self.prompt_token_ids)
+        if num_prompt == 0:
+            raise ValueError("the prompt is empty: at least one token is needed")
+        if num_prompt >= max_model_len:
+            raise ValueError(
+                f"the prompt has {num_prompt} tokens, but the context holds {max_model_len} tokens of prompt and "
+                "output together: shorten the prompt"
+            )
+        most_tokens = min(num_prompt + self.params.max_tokens, max_model_len)
+        if most_tokens > num_blocks * BLOCK_SIZE:
+            raise ValueError(
+                f"prompt and output may reach {most_tokens} tokens = {-(-most_tokens // BLOCK_SIZE)} KV blocks, but "
+                f"the cache has {num_blocks}: shorten the prompt, lower max_tokens, or give it more memory"
+            )
+        if self.params.min_tokens > 0 and len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(f"min_tokens can hold back at most {MAX_STOP_TOKEN_IDS} stop ids, eos ids included")
+
+    def make_row_params(self) -> RowParams:
+        params = self.params
+        return RowParams(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seed=self.seed,
+            banned_token_ids=tuple(sorted(self.stop_token_ids)) if params.min_tokens else (),
+            min_position=len(self.prompt_token_ids) + params.min_tokens,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=params.biases,
+            has_logprobs=params.logprobs is not None,
+        )
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Of a matched, waiting request: the tokens that its prefill computes, at least one."""
+        return max(1, self.num_tokens - len(self.nodes) * BLOCK_SIZE)
+
+    @property
+    def due_s(self) -> float:
+        """When its first token is promised for."""
+        return self.arrival_s + self.slo.ttft_ms / 1e3
+
     @property
     def first_token_s(self) -> float | None:
         return self.token_s[0] if self.token_s else None
@@ -165,3 +219,15 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
+
+
+class TokenEvent(NamedTuple):
+    """What the outside learns of a request: new tokens, and at its end the reason."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None  # stop | length | abort
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+    logprobs: tuple[Logprobs, ...] = ()  # of token_ids, if the request wants them
+    prompt_logprobs: tuple[Logprobs, ...] = ()  # with the first token

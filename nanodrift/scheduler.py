@@ -22,8 +22,11 @@ from dataclasses import dataclass
 from nanodrift.config import BLOCK_SIZE
 from nanodrift.cost import DecodeLoad
 from nanodrift.dispatch import Decision, Load, Mode, Policy
-from nanodrift.kvcache import BlockPool, blocks_for
+from nanodrift.flight import Flight
+from nanodrift.kvcache import BlockPool
 from nanodrift.plan import (
+    MAX_FUSED_SLICES,
+    MAX_OPEN_CHUNKS,
     Completion,
     DecodeWork,
     FusedWork,
@@ -33,40 +36,28 @@ from nanodrift.plan import (
     Partition,
     PrefillSlice,
     PrefillWork,
-    RowParams,
     Ticket,
     Work,
 )
-from nanodrift.request import MAX_STOP_TOKEN_IDS, Request, RequestState
+from nanodrift.request import Request, RequestState, TokenEvent
+from nanodrift.waiting import Waiting, overtake
 
 MAX_IN_FLIGHT = 2  # on each lane: step n + 1 is launched before the host has read step n
 
 
-@dataclass(frozen=True)
-class TokenEvent:
-    """What the outside learns of a request: new tokens, and at its end the reason."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None = None  # stop | length | abort
-    stop_reason: int | str | None = None
-    num_cached_tokens: int = 0
-    logprobs: tuple[Logprobs, ...] = ()  # of token_ids, if the request wants them
-    prompt_logprobs: tuple[Logprobs, ...] = ()  # with the first token
-
-
 @dataclass
-class _PrefillBatch:
+class _Chunk:
     """One token chunk on its way through the layers."""
 
     batch_id: int
     slices: tuple[PrefillSlice, ...]
     new_blocks: tuple[NewBlocks, ...]
+    num_tokens: int
     next_layer: int = 0
 
 
 class Scheduler:
-    """First come, first served; every request that holds a row makes progress, the oldest one always."""
+    """The most urgent first; every request that holds a row makes progress, the oldest one always."""
 
     def __init__(
         self,
@@ -84,64 +75,43 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.max_prefill_tokens = max_prefill_tokens
         self.policy = policy
-        self.decision: Decision | None = None  # how the lanes share the device just now
         self.requests: dict[str, Request] = {}  # every request that still owns something
-        self.waiting: deque[Request] = deque()
+        self.waiting = Waiting()
         self.prefilling: list[Request] = []  # hold a row; prompt not complete
         self.running: list[Request] = []  # decode
+        self.decision: Decision | None = None  # how the lanes share the device just now
+        self.wake_s = math.inf  # the decode lane waits for something: ask again at this time at the latest
         self.num_preemptions = 0
+        self.num_unmeetable_steps = 0  # decode steps launched although nothing could keep their TBT
         self._free_rows = deque(range(num_rows))
-        self._batch: _PrefillBatch | None = None  # the chunk whose layers are being launched
+        self._open: list[_Chunk] = []  # whose layers are being launched: the last one now, one before it later
+        self._newest: tuple[PrefillSlice, ...] = ()  # of the chunk that was begun last
         self._num_batches = 0
         self._num_added = 0
-        self._num_in_flight = {Lane.PREFILL: 0, Lane.DECODE: 0}
-        self._num_pieces_in_flight = 0  # of chunks that go by layers, not in fused steps
-        self._newest_chunk = (0, 0)  # tokens, start
+        self._flight = Flight()
+        self._decode, self._tbt_s = DecodeLoad(), math.inf  # of the newest decode step
+        self._decided: tuple = ()  # what the decision in force was made for
+        self._token_s = 0.0  # prefill seconds per prompt token, as last predicted; 0: unknown
+        self._beside_s = 0.0  # guarded prediction of a decode step beside prefill pieces
         self._is_draining = False  # blocks ran out: launch nothing new until nothing is in flight
+        self._is_tight = False  # they did so lately: admit only who leaves twice the usual room
 
     # ---- requests come and go ----------------------------------------------------------------------------------
 
     def check(self, request: Request) -> None:
         """Raises ValueError, naming both numbers, if the request can never be served."""
-        num_prompt, params = len(request.prompt_token_ids), request.params
         if request.request_id in self.requests:
             raise ValueError(f"request id {request.request_id!r} is in use")
-        if num_prompt == 0:
-            raise ValueError("the prompt is empty: at least one token is needed")
-        if num_prompt >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {num_prompt} tokens, but the context holds {self.max_model_len} tokens of prompt and "
-                "output together: shorten the prompt"
-            )
-        most_tokens = min(num_prompt + params.max_tokens, self.max_model_len)
-        if blocks_for(most_tokens) > self.pool.num_blocks:
-            raise ValueError(
-                f"prompt and output may reach {most_tokens} tokens = {blocks_for(most_tokens)} KV blocks, but "
-                f"the cache has {self.pool.num_blocks}: shorten the prompt, lower max_tokens, or give it more memory"
-            )
-        if params.min_tokens > 0 and len(request.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise ValueError(f"min_tokens can hold back at most {MAX_STOP_TOKEN_IDS} stop ids, eos ids included")
+        request.check_size(self.max_model_len, self.pool.num_blocks)
 
     def add(self, request: Request) -> None:
         """Queues a request that ``check`` has let pass."""
-        params = request.params
         request.number = self._num_added = self._num_added + 1
-        request.row_params = RowParams(
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            seed=request.seed,
-            banned_token_ids=tuple(sorted(request.stop_token_ids)) if params.min_tokens else (),
-            min_position=len(request.prompt_token_ids) + params.min_tokens,
-            repetition_penalty=params.repetition_penalty,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            logit_bias=params.biases,
-            has_logprobs=params.logprobs is not None,
-        )
+        request.most_tokens = min(len(request.prompt_token_ids) + request.params.max_tokens, self.max_model_len)
+        request.row_params = request.make_row_params()
         self.requests[request.request_id] = request
-        self.waiting.append(request)
+        self.pool.match(request)
+        self.waiting.add(request, request.num_new_tokens * self._token_s)
 
     def finish(self, request_id: str, reason: str, stop_reason: int | str | None = None) -> bool:
         """Ends a request now; False if there is none to end. Its blocks return when no work in flight touches them."""
@@ -166,108 +136,178 @@ class Scheduler:
     # ---- what runs next ----------------------------------------------------------------------------------------
 
     def next_work(self, lane: Lane, now_s: float) -> tuple[Work, Partition] | None:
-        """The next piece of work for a lane and where it runs, or None if it has no room or nothing to do."""
-        if self._num_in_flight[lane] >= MAX_IN_FLIGHT:
+        """The next piece of work for a lane and where it runs, or None if it has no room or nothing to do.
+
+        Nothing may also mean that the lane had better wait: ``wake_s`` says until when, if nothing ends before.
+        """
+        if self._flight.num_in(lane) >= MAX_IN_FLIGHT:
             return None
-        work = self._next_decode(now_s) if lane is Lane.DECODE else self._next_prefill(now_s)
-        return None if work is None else (work, self.decision.partition)
+        return self._next_decode(now_s) if lane is Lane.DECODE else self._next_prefill(now_s)
 
     def on_launch(self, ticket: Ticket) -> None:
+        """Books what was launched. A prompt that ends where the next decode step runs behind it joins that step.
+
+        So it is in a fused step and on the whole chip: the step finds the token in the device's row. A prompt that ends
+        beside the decode lane joins when the host has seen it end, so that no step waits for a prompt.
+        """
         work = ticket.work
-        self._num_pieces_in_flight += isinstance(work, PrefillWork)
+        self._flight.launch(ticket, self._predicted_s(work))
         for part in work.parts:
-            self._num_in_flight[part.lanes[0]] += 1
-            for request in self._requests_of(part):
+            requests = self._requests_of(part)
+            for request in requests:
                 request.num_in_flight += 1
-                request.num_launched_tokens += isinstance(part, DecodeWork)
+            if isinstance(part, DecodeWork):
+                for request in requests:
+                    request.num_launched_tokens += 1
+                continue
+            for request in [self.requests[request_id] for request_id in part.sampled_ids]:
+                request.num_launched_tokens += 1
+                if ticket.partition.is_shared or part is not work:
+                    self._merge(request)
 
     def on_complete(self, completion: Completion) -> list[TokenEvent]:
         """Takes in the sampled tokens, merges prefilled requests into the decode batch, ends what has to end."""
-        work, events, touched = completion.ticket.work, [], []
-        self._num_pieces_in_flight -= isinstance(work, PrefillWork)
-        for part in work.parts:
-            self._num_in_flight[part.lanes[0]] -= 1
-            for request in self._requests_of(part):
+        ticket, now_s = completion.ticket, completion.finished_s
+        events, touched = [], []
+        self._flight.complete(ticket, now_s)
+        for part in ticket.work.parts:
+            requests = self._requests_of(part)
+            for request in requests:
                 request.num_in_flight -= 1
-                request.num_launched_tokens -= isinstance(part, DecodeWork)
-                touched.append(request)
-            self._enter_written_blocks(part)
+            touched += requests
+            if isinstance(part, PrefillWork) and part.is_last:
+                self._note_written(part)
         if completion.prompt_logprobs:
-            self._take_prompt_logprobs(work.parts[0], completion.prompt_logprobs)
+            self._take_prompt_logprobs(ticket.work.parts[0], completion.prompt_logprobs)
         all_logprobs = completion.logprobs or itertools.repeat(None)
         for (request_id, token_id), logprobs in zip(completion.tokens, all_logprobs):  # noqa: B905
             request = self.requests[request_id]
-            if request.is_finished:
-                continue  # it ended while this step was in flight: the token is dropped
-            if request.state is RequestState.PREFILL:
-                self.prefilling.remove(request)
-                self.running.append(request)
-                request.state = RequestState.RUNNING
-            events.append(self._take_token(request, token_id, logprobs, completion.finished_s))
+            request.num_launched_tokens -= 1
+            if request.state is not RequestState.FINISHED:  # else it ended while this was in flight
+                self._merge(request)
+                events.append(self._take_token(request, token_id, logprobs, now_s))
         for request in touched:
-            self._release_if_idle(request)
+            if request.state is RequestState.FINISHED:
+                self._release_if_idle(request)
         return events
+
+    def _merge(self, request: Request) -> None:
+        if request.state is RequestState.PREFILL:
+            self.prefilling.remove(request)
+            self.running.append(request)
+            request.state = RequestState.RUNNING
+
+    def _decide(self, now_s: float) -> None:
+        """Asks the policy how the lanes are to share the device, unless nothing has changed since it was asked."""
+        sizes = len(self.waiting), len(self.prefilling), self._flight.num_pieces, len(self._open)
+        if self._decided == (now_s, self._decode, self._num_batches, sizes):
+            return
+        self._decided = (now_s, self._decode, self._num_batches, sizes)
+        prompts = self._prompts(now_s)
+        num_tokens, start = sum(n for n, _ in prompts), prompts[0][1] if prompts else 0
+        tbt_s = self._tbt_s if self._decode.batch else math.inf
+        load = Load(self._decode, tbt_s, num_tokens, start, bool(self._open), prompts, self._flight.is_merging)
+        self.decision = self.policy.choose(load, self.decision)
+        if self.decision.mode is Mode.SPLIT:
+            self._beside_s = self.decision.decode_s
+        if self.decision.prompt_tokens_per_s:
+            self._token_s = 1 / self.decision.prompt_tokens_per_s
+
+    def _prompts(self, now_s: float) -> tuple[tuple[int, int], ...]:
+        """Tokens left and start of the prompts that are next, those of a chunk under way first; enough for a chunk."""
+        pending = [(r, r.num_computed_tokens) for r in self.prefilling if r.num_computed_tokens < r.num_tokens]
+        newest = [(self.requests[s.request_id], s.start) for s in self._newest if s.request_id in self.requests]
+        if self._open:
+            starts = newest + [(r, start) for r, start in pending if all(r is not other for other, _ in newest)]
+        else:
+            starts = pending or (newest if self._flight.num_pieces and not self.waiting else [])
+        prompts = [(request.num_tokens - start, start) for request, start in starts]
+        room = self.max_prefill_tokens - sum(n for n, _ in prompts)
+        for request in self.waiting.in_turn(now_s) if room > 0 else ():
+            if room <= 0 or not self._fits(request):
+                break
+            num_tokens = request.num_new_tokens
+            prompts.append((num_tokens, request.num_tokens - num_tokens))
+            room -= num_tokens
+        return tuple(prompts)
+
+    def _has_prompt(self, now_s: float) -> bool:
+        """There is prefill to launch."""
+        is_under_way = self._open or any(r.num_computed_tokens < r.num_tokens for r in self.prefilling)
+        request = next(self.waiting.in_turn(now_s), None)
+        return bool(is_under_way) or (request is not None and self._fits(request))
+
+    def _predicted_s(self, work: Work) -> float:
+        """Seconds by the decision in force: the guarded step, the mean of a prefill piece."""
+        if isinstance(work, PrefillWork):
+            return self._token_s * work.num_tokens * (work.last_layer - work.first_layer) / self.num_layers
+        return self.decision.decode_s
 
     # ---- decode lane -------------------------------------------------------------------------------------------
 
-    def _next_decode(self, now_s: float) -> DecodeWork | FusedWork | None:
+    def _next_decode(self, now_s: float) -> tuple[DecodeWork | FusedWork, Partition] | None:
+        self.wake_s = math.inf
         if self._is_draining and self._is_busy():
             return None
         self._is_draining = False
-        batch = [request for request in self.running if self._can_step(request)]
-        if not batch:
-            return None
-        num_missing = sum(self._num_missing_blocks(request) for request in batch)
-        if num_missing > self.pool.num_available_blocks:
+        while True:
+            batch, positions, short = self._next_step()
+            if len(short) <= self.pool.num_available_blocks:
+                break
             if self._is_busy():  # what is in flight may end requests; and a block in use cannot be taken back
                 self._is_draining = True
                 return None
-            batch = self._preempt_for(batch)
-        new_blocks = []
-        for request in batch:
-            if num_missing := self._num_missing_blocks(request):
-                new_blocks.append(self._grow(request, num_missing))
-        self._decide(batch)
+            self._preempt(self._cheapest_holder())
+        self._decode = DecodeLoad(len(batch), sum(positions) + len(batch))
+        if not batch:
+            return None
+        self._tbt_s = min([request.slo.tbt_ms for request in batch]) / 1e3
+        self._decide(now_s)
+        if self.decision.holds_decode and self._has_prompt(now_s):
+            return None
+        hold_s = self._flight.hold_until_s(self._tbt_s, self._beside_s)
+        if hold_s is not None and now_s < hold_s:
+            self.wake_s = hold_s
+            return None
         step = DecodeWork(
-            request_ids=tuple(r.request_id for r in batch),
-            rows=tuple(r.row for r in batch),
-            positions=tuple(r.num_tokens + r.num_launched_tokens - 1 for r in batch),
+            request_ids=tuple([r.request_id for r in batch]),
+            rows=tuple([r.row for r in batch]),
+            positions=tuple(positions),
             has_filter=any(r.row_params.has_filter for r in batch),
-            has_ban=any(len(r.output_token_ids) + r.num_launched_tokens < r.params.min_tokens for r in batch),
+            has_ban=any(r.row_params.min_position > p + 1 for r, p in zip(batch, positions, strict=True)),
+            new_blocks=tuple([self._grow(request) for request in short]),
             has_penalty=any(r.row_params.has_penalty for r in batch),
             has_logprobs=any(r.row_params.has_logprobs for r in batch),
-            new_blocks=tuple(new_blocks),
         )
-        if self.decision.mode is Mode.FUSED and self._batch is None and self._num_pieces_in_flight == 0:
-            chunk = self._form_batch(now_s, self.decision.token_chunk)
+        self.num_unmeetable_steps += self.decision.is_unmeetable
+        if self.decision.mode is Mode.FUSED and not self._open and not self._flight.num_pieces:
+            chunk = self._form_chunk(now_s, self.decision.token_chunk, MAX_FUSED_SLICES)
             if chunk is not None:
                 prefill = PrefillWork(chunk.batch_id, chunk.slices, 0, self.num_layers, True, chunk.new_blocks)
-                return FusedWork(prefill, step)
-        return step
+                return FusedWork(prefill, step), self.decision.partition
+        return step, self._flight.step_partition(self.decision.partition)
 
-    def _can_step(self, request: Request) -> bool:
-        num_output_tokens = len(request.output_token_ids) + request.num_launched_tokens
-        num_tokens = len(request.prompt_token_ids) + num_output_tokens
-        return num_output_tokens < request.params.max_tokens and num_tokens < self.max_model_len
+    def _next_step(self) -> tuple[list[Request], list[int], list[Request]]:
+        """Who decodes next, at which positions, and who of them needs a block for that."""
+        batch, positions, short = [], [], []
+        for request in self.running:
+            position = len(request.token_ids) + request.num_launched_tokens - 1  # of its last, perhaps unread token
+            if position + 1 < request.most_tokens:
+                batch.append(request)
+                positions.append(position)
+                if position >= len(request.block_ids) * BLOCK_SIZE:
+                    short.append(request)
+        return batch, positions, short
 
-    def _num_missing_blocks(self, request: Request) -> int:
-        """Blocks to add before the step that writes the KV of the last (perhaps still unread) token."""
-        return blocks_for(request.num_tokens + request.num_launched_tokens) - len(request.block_ids)
-
-    def _preempt_for(self, batch: list[Request]) -> list[Request]:
-        """Takes the blocks of requests back until the others of the batch can step. Nothing is in flight.
+    def _cheapest_holder(self) -> Request:
+        """Who is to give its blocks back, when nothing is in flight: the others' next step needs them.
 
         Those that cost least to compute again go first, the younger of two equals. They keep their tokens and go to the
         head of the queue; their full blocks stay cached while there is room. The oldest is never taken: it fits alone,
         or ``check`` had refused it, so every request gets through at the latest when it is the oldest.
         """
         holders = sorted(self.prefilling + self.running, key=lambda request: request.number)[1:]
-        while sum(self._num_missing_blocks(request) for request in batch) > self.pool.num_available_blocks:
-            victim = min(holders, key=lambda request: (self.pool.num_lost_tokens(request), -request.number))
-            holders.remove(victim)
-            self._preempt(victim)
-            batch = [request for request in batch if request is not victim]
-        return batch
+        return min(holders, key=lambda request: (self.pool.num_lost_tokens(request), -request.number))
 
     def _preempt(self, victim: Request) -> None:
         self._queue_of(victim).remove(victim)
@@ -275,78 +315,103 @@ class Scheduler:
         victim.state = RequestState.WAITING
         victim.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(victim)
+        self.waiting.add(victim, 0.0)
+        self._is_tight = True
 
     # ---- prefill lane ------------------------------------------------------------------------------------------
 
-    def _next_prefill(self, now_s: float) -> PrefillWork | None:
-        if self._batch is None and not self.prefilling and not self.waiting:
+    def _next_prefill(self, now_s: float) -> tuple[PrefillWork, Partition] | None:
+        if not (self._open or self.prefilling or self.waiting):
             return None  # most turns: nothing to ask the policy
-        batch = [request for request in self.running if self._can_step(request)]
-        self._decide(batch)
-        if self._batch is None:  # a chunk that was begun by layers is finished by layers
-            if self._is_draining or (batch and self.decision.mode is Mode.FUSED):
-                return None
-            self._batch = self._form_batch(now_s, self.decision.token_chunk)
-        if self._batch is None:
+        self._decide(now_s)
+        decision, is_stepping = self.decision, self._decode.batch > 0 and not self._is_draining
+        if not self._flight.can_queue(decision.partition):
             return None
-        chunk = self._batch
+        is_taking_turns = decision.partition.is_shared and is_stepping and not decision.holds_decode
+        if is_taking_turns and not self._flight.has_stepped:
+            return None
+        if not self._open and (self._is_draining or (is_stepping and decision.mode is Mode.FUSED)):
+            return None
+        if not self._open or (len(self._open) < MAX_OPEN_CHUNKS and not self._is_draining):
+            formed = self._form_chunk(now_s, decision.token_chunk)
+            self._open += [formed] if formed else []
+        if not self._open:
+            return None
+        chunk = self._open[-1]  # a chunk that was begun by layers is finished by layers
         first = chunk.next_layer
-        chunk.next_layer = last = min(first + self.decision.layers, self.num_layers)
+        chunk.next_layer = last = min(first + decision.layers, self.num_layers)
         is_last = last == self.num_layers
         if is_last:
-            self._batch = None
-        return PrefillWork(
-            chunk.batch_id, chunk.slices, first, last, is_last, new_blocks=chunk.new_blocks if first == 0 else ()
-        )
+            self._open.pop()
+        new_blocks = chunk.new_blocks if first == 0 else ()
+        return PrefillWork(chunk.batch_id, chunk.slices, first, last, is_last, new_blocks), decision.partition
 
-    def _decide(self, batch: list[Request]) -> None:
-        """Asks the policy how the lanes are to share the device, for these decoding requests and what is to prefill."""
-        decode = DecodeLoad(len(batch), sum(r.num_tokens + r.num_launched_tokens for r in batch))
-        tbt_s = min((request.slo.tbt_ms for request in batch), default=math.inf) / 1e3
-        num_tokens, start = 0, 0
-        if self._batch is not None or self._num_in_flight[Lane.PREFILL] > 0:
-            num_tokens, start = self._newest_chunk
-        for request in itertools.chain(self.prefilling, self.waiting):
-            if num_tokens >= self.max_prefill_tokens:
-                break
-            start = start if num_tokens else request.num_computed_tokens
-            num_tokens += request.num_tokens - request.num_computed_tokens
-        load = Load(decode, tbt_s, num_tokens, start, is_chunk_open=self._batch is not None)
-        self.decision = self.policy.choose(load, self.decision)
-
-    def _form_batch(self, now_s: float, most_tokens: int) -> _PrefillBatch | None:
-        """The next token chunk: prompts under way first, then the queue in order, up to ``most_tokens``."""
-        room, slices, new_blocks = min(most_tokens, self.max_prefill_tokens), [], []
-        for request in self.prefilling:
+    def _form_chunk(self, now_s: float, most_tokens: int, most_slices: int | None = None) -> _Chunk | None:
+        """The next token chunk: prompts under way first, then the queue. While one is open: only who overtakes it."""
+        slices, new_blocks = [], []
+        room = self.max_prefill_tokens if self._open else min(most_tokens, self.max_prefill_tokens)
+        most_slices = most_slices or len(self._free_rows) + len(self.prefilling)
+        if overtaker := self._overtaker(now_s):
+            new_blocks.append(self._admit(overtaker, now_s))
+            self.prefilling.insert(0, self.prefilling.pop())
+        elif self._open:
+            return None
+        for request in self.prefilling[: 1 if self._open else most_slices]:
             room -= self._take_slice(request, room, slices)
-        passed, num_kept_blocks = [], 0  # requests that wait for a prefix; what those behind must leave to them
-        while room > 0 and self.waiting and len(self._free_rows) > len(passed):
-            request = self.waiting[0]
-            self.pool.match(request)
-            num_blocks = self.pool.num_missing_blocks(request) + len(self.prefilling) + len(self.running)
-            if num_blocks + num_kept_blocks > self.pool.num_available_blocks:
-                break  # a block for each request under way must be left, so that admission is not soon undone
-            self.waiting.popleft()
-            if any(self.pool.is_about_to_write(owner, request) for owner in self.prefilling):
-                passed.append(request)
+        num_passed, num_kept_blocks = 0, 0  # requests that wait for a prefix; what those behind must leave to them
+        for request in () if self._open else self.waiting.in_turn(now_s):
+            has_room = room > 0 and len(slices) < most_slices and len(self._free_rows) > num_passed
+            if not has_room or not self._fits(request, num_kept_blocks):
+                break
+            unseen = (r for r in self.running if r.num_written_tokens < r.num_tokens - 1)
+            if any(self.pool.is_about_to_write(owner, request) for owner in (*self.prefilling, *unseen)):
+                num_passed += 1
                 num_kept_blocks += self.pool.num_missing_blocks(request) + 1
             else:
                 new_blocks.append(self._admit(request, now_s))
                 room -= self._take_slice(request, room, slices)
-        self.waiting.extendleft(reversed(passed))
         if not slices:
             return None
         self._num_batches += 1
-        self._newest_chunk = (sum(len(s.token_ids) for s in slices), slices[0].start)
-        return _PrefillBatch(self._num_batches, tuple(slices), tuple(new_blocks))
+        self._newest = tuple(slices)
+        num_tokens = sum(len(s.token_ids) for s in slices)
+        return _Chunk(self._num_batches, self._newest, tuple(new_blocks), num_tokens)
+
+    def _fits(self, request: Request, num_kept_blocks: int = 0) -> bool:
+        """There is a row and room for it, and a block more for everybody under way: two if blocks ran out lately.
+
+        So admission is not soon undone. What does not fit waits, and decode has the device until blocks come back.
+        """
+        if not self._free_rows:
+            return False
+        self.pool.match(request)
+        num_blocks = self.pool.num_missing_blocks(request) + num_kept_blocks
+        num_under_way = len(self.prefilling) + len(self.running)
+        return num_blocks + num_under_way * (1 + self._is_tight) <= self.pool.num_available_blocks
+
+    def _overtaker(self, now_s: float) -> Request | None:
+        """The next in the queue, if it may go before the prompts under way, or before the rest of an open chunk."""
+        request = next(self.waiting.in_turn(now_s), None) if self.prefilling and self._token_s else None
+        if request is None:
+            return None
+        if self._open:  # it need wait for the rest of this chunk only, and would have to make one of its own
+            chunk = self._open[-1]
+            num_ahead = chunk.num_tokens * (self.num_layers - chunk.next_layer) / self.num_layers
+        else:
+            num_ahead = sum(r.num_tokens - r.num_computed_tokens for r in self.prefilling)
+        num_own = request.num_new_tokens
+        if (self._open and num_own > self.max_prefill_tokens) or not self._fits(request):
+            return None
+        return request if overtake(request, num_own, self.prefilling, num_ahead, self._token_s, now_s) else None
 
     def _admit(self, request: Request, now_s: float) -> NewBlocks:
+        self.waiting.take(request)
         self.pool.admit(request)
         request.row = self._free_rows.popleft()
         request.state = RequestState.PREFILL
         request.scheduled_s = now_s if request.scheduled_s is None else request.scheduled_s
         self.prefilling.append(request)
+        self._is_tight = self._is_tight and len(self.prefilling) + len(self.running) > 1
         return NewBlocks(request.row, 0, tuple(request.block_ids))
 
     def _take_slice(self, request: Request, room: int, slices: list[PrefillSlice]) -> int:
@@ -365,6 +430,7 @@ class Scheduler:
             PrefillSlice(request.request_id, request.row, start, token_ids, params, writes_kv, output_start, next_ids)
         )
         request.num_computed_tokens = end
+        request.num_slices += 1
         return end - start
 
     # ---- tokens, blocks, rows ----------------------------------------------------------------------------------
@@ -378,40 +444,36 @@ class Scheduler:
                 request.prompt_logprobs[s.start :] = [one.cut(most) for one in itertools.islice(found, num)]
 
     def _take_token(self, request: Request, token_id: int, logprobs: Logprobs | None, now_s: float) -> TokenEvent:
-        request.output_token_ids.append(token_id)
+        request.num_written_tokens = num_tokens = len(request.token_ids)  # all before this one
+        if num_tokens % BLOCK_SIZE == 0:
+            self.pool.enter(request)
         request.token_ids.append(token_id)
+        request.output_token_ids.append(token_id)
         request.token_s.append(now_s)
-        num_output_tokens = len(request.output_token_ids)
-        if token_id in request.stop_token_ids and num_output_tokens > request.params.min_tokens:
+        is_first = len(request.output_token_ids) == 1
+        if token_id in request.stop_token_ids and len(request.output_token_ids) > request.params.min_tokens:
             self.finish(request.request_id, "stop", token_id)
-        elif num_output_tokens >= request.params.max_tokens or request.num_tokens >= self.max_model_len:
+        elif num_tokens + 1 >= request.most_tokens:
             self.finish(request.request_id, "length")
+        elif logprobs is None and not is_first:
+            return TokenEvent(request.request_id, (token_id,))  # most of them
         if request.is_finished:
             request.finished_s = now_s
-        is_first = num_output_tokens == 1
-        num_cached_tokens = request.num_cached_tokens if is_first else 0
         own = (logprobs.cut(request.params.logprobs),) if logprobs and request.row_params.has_logprobs else ()
         request.logprobs.extend(own)
-        of_prompt = tuple(request.prompt_logprobs) if is_first else ()
-        reasons = (request.finish_reason, request.stop_reason)
-        return TokenEvent(request.request_id, (token_id,), *reasons, num_cached_tokens, own, of_prompt)
+        first = (request.num_cached_tokens, own, tuple(request.prompt_logprobs)) if is_first else (0, own)
+        return TokenEvent(request.request_id, (token_id,), request.finish_reason, request.stop_reason, *first)
 
-    def _enter_written_blocks(self, work: Work) -> None:
-        """Completed work has written KV: where that fills a block, others may use it from now on."""
-        if isinstance(work, PrefillWork):
-            written = [(s.request_id, s.end) for s in work.slices] if work.is_last else []
-        else:  # only a step that fills a block is worth a look; a dropped token was fed to the last one
-            steps = zip(work.request_ids, work.positions, strict=True)
-            written = [(request_id, position + 1) for request_id, position in steps]
-        for request_id, num_tokens in written:
-            request = self.requests[request_id]
-            request.num_written_tokens = max(request.num_written_tokens, min(num_tokens, request.num_tokens))
+    def _note_written(self, work: PrefillWork) -> None:
+        """A token chunk is complete: where it fills a block, others may use that from now on."""
+        for piece in work.slices:
+            request = self.requests[piece.request_id]
+            request.num_written_tokens = max(request.num_written_tokens, piece.end)
             if request.num_written_tokens // BLOCK_SIZE > len(request.nodes):
                 self.pool.enter(request)
 
-    def _grow(self, request: Request, num_blocks: int) -> NewBlocks:
-        first_index = len(request.block_ids)
-        return NewBlocks(request.row, first_index, tuple(self.pool.allocate(request, num_blocks)))
+    def _grow(self, request: Request) -> NewBlocks:
+        return NewBlocks(request.row, len(request.block_ids), tuple(self.pool.allocate(request, 1)))
 
     def _give_back(self, request: Request) -> None:
         self.pool.release(request)
@@ -420,13 +482,13 @@ class Scheduler:
 
     def _release_if_idle(self, request: Request) -> None:
         """A finished request leaves when nothing in flight or about to be launched touches its row and blocks."""
-        if not request.is_finished or request.num_in_flight > 0 or request.request_id not in self.requests:
+        if request.num_in_flight > 0 or request.request_id not in self.requests:
             return
-        if self._batch is not None:
-            in_chunk = [self.requests[s.request_id] for s in self._batch.slices]
+        for chunk in self._open:
+            in_chunk = [self.requests[s.request_id] for s in chunk.slices]
             if any(other is request for other in in_chunk):
                 if all(other.is_finished for other in in_chunk):  # its other layers need not run
-                    self._batch = None
+                    self._open.remove(chunk)
                     for other in in_chunk:
                         self._release_if_idle(other)
                 return
@@ -434,12 +496,12 @@ class Scheduler:
             self._give_back(request)
         del self.requests[request.request_id]
 
-    def _requests_of(self, work: Work) -> list[Request]:
+    def _requests_of(self, work: PrefillWork | DecodeWork) -> list[Request]:
         if isinstance(work, DecodeWork):
             return [self.requests[request_id] for request_id in work.request_ids]
         return [self.requests[s.request_id] for s in work.slices]
 
-    def _queue_of(self, request: Request):
+    def _queue_of(self, request: Request) -> list[Request]:
         return {
             RequestState.WAITING: self.waiting,
             RequestState.PREFILL: self.prefilling,
@@ -447,4 +509,4 @@ class Scheduler:
         }[request.state]
 
     def _is_busy(self) -> bool:
-        return self._batch is not None or any(self._num_in_flight.values())
+        return bool(self._open) or len(self._flight) > 0

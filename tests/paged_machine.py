@@ -1,11 +1,11 @@
 """An executor in plain Python that keeps a real paged memory, for tests of the scheduler; and an auditor of the pool.
 
-Work is carried out when it completes: in launch order within a lane, the lanes in any order. Everything it reads is
-checked, layer by layer: the block table must lead from each position of a request to the token that belongs there, and
-that must have been computed with exactly the tokens before it. So a block that was handed out too early, overwritten
-while it was read, shared before its last layer was written or found under the wrong prefix does not go unnoticed. The
-next token is a fixed function of all tokens so far, so a run that was chunked, preempted and recomputed must write what
-an undisturbed run writes.
+Work is carried out when it completes: in launch order within a lane, and where it wants SMs that earlier work holds;
+otherwise in any order. Everything it reads is checked, layer by layer: the block table must lead from each position of
+a request to the token that belongs there, and that must have been computed with exactly the tokens before it. So a
+block that was handed out too early, overwritten while it was read, shared before its last layer was written or found
+under the wrong prefix does not go unnoticed. The next token is a fixed function of all tokens so far, so a run that was
+chunked, preempted and recomputed must write what an undisturbed run writes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from random import Random
 from nanodrift.config import BLOCK_SIZE
 from nanodrift.executor import VirtualClock
 from nanodrift.kvcache import BlockPool
-from nanodrift.plan import Completion, FusedWork, Partition, PrefillWork, Ticket
+from nanodrift.plan import Completion, FusedWork, Lane, Partition, PrefillWork, Ticket
 from nanodrift.request import Request
 
 VOCAB_SIZE = 50
+NUM_SMS = 4  # of the partitions that tests use: (3, 1), (2, 2)
 
 Entry = tuple[int, int]  # what lies at a position: its token id, and a number that stands for it and all before it
 
@@ -91,9 +92,9 @@ class PagedMachine:
         pass
 
     def _is_first(self, index: int) -> bool:
-        """Of its lane."""
-        lanes = set(self.in_flight[index].work.lanes)
-        return not any(lanes & set(self.in_flight[i].work.lanes) for i in range(index))
+        """Of its lane, and of those that hold the same SMs."""
+        ticket = self.in_flight[index]
+        return not any(_must_follow(ticket, self.in_flight[i]) for i in range(index))
 
     def _carry_out(self, work):
         if isinstance(work, FusedWork):
@@ -150,6 +151,13 @@ class PagedMachine:
         token = next_token([token for token, _ in self.fed[row]])
         self.last_token[row] = (len(self.fed[row]), token)
         return token
+
+
+def _must_follow(ticket: Ticket, earlier: Ticket) -> bool:
+    is_same_lane = set(ticket.work.lanes) & set(earlier.work.lanes)
+    prefill, decode = (ticket, earlier) if Lane.PREFILL in ticket.work.lanes else (earlier, ticket)
+    is_whole = ticket.partition.is_shared or earlier.partition.is_shared
+    return bool(is_same_lane) or is_whole or prefill.partition.prefill_sms + decode.partition.decode_sms > NUM_SMS
 
 
 def check_pool(pool: BlockPool, requests: Iterable[Request]) -> None:

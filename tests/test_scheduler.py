@@ -527,9 +527,9 @@ def test_the_oldest_is_never_preempted():
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_a_pool_of_twice_the_longest_request_serves_200(prefix_caching):
-    longest = blocks_for(150 + 100)
+    longest = blocks_for(90 + 160)
     engine, _ = make_engine(2 * longest, 16, 2, max_prefill_tokens=128, seed=1, prefix_caching=prefix_caching)
-    sizes = [(1 + (i * 37) % 150, 1 + (i * 53) % 100) for i in range(200)]
+    sizes = [(1 + (i * 37) % 90, 61 + (i * 53) % 100) for i in range(200)]
     requests = [add(engine, prompt_of(n, i % 7), out) for i, (n, out) in enumerate(sizes)]
     with pytest.raises(ValueError, match=rf"{2 * longest + 1} KV blocks.*cache has {2 * longest}"):
         add(engine, prompt_of(100), 2 * longest * BLOCK_SIZE - 99)

@@ -1,0 +1,75 @@
+"""The scheduler's question to a policy, and its answer: what is there to run, and how the lanes share the device.
+
+As plan.py is to an executor, so is this to dispatch.py and baselines.py. Knows no costs and decides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from nanodrift.cost import DecodeLoad, PrefillLoad
+from nanodrift.plan import Partition
+
+
+class Mode(Enum):
+    SPLIT = "split"
+    FUSED = "fused"
+    EXCLUSIVE = "exclusive"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the dispatcher decides for: the running batch, its promise, and the prompts that are next."""
+
+    decode: DecodeLoad
+    tbt_s: float  # the tightest TBT among the running requests
+    prompt_tokens: int = 0  # that wait to be computed, of all prompts together
+    prompt_start: int = 0  # where the next token chunk begins in its prompt: cached and computed tokens before it
+    is_chunk_open: bool = False  # a chunk is on its way through the layers, and must go on by layers
+    prompts: tuple[tuple[int, int], ...] = ()  # (tokens, start) of each prompt in order, where they are several
+    is_merging: bool = False  # a prompt is about to end beside the decode lane
+
+    def chunk(self, most_tokens: int, most_slices: int | None = None) -> tuple[PrefillLoad, DecodeLoad]:
+        """The next token chunk of at most so many tokens, and the batch once the prompts that end in it have joined."""
+        num_tokens = num_ended = context_tokens = 0
+        num_pairs = 0.0
+        prompts = self.prompts or ((self.prompt_tokens, self.prompt_start),)
+        for left, start in prompts[:most_slices]:
+            n = min(left, most_tokens - num_tokens)
+            num_tokens += n
+            num_pairs += n * (n / 2 + start)
+            if n < left or n == 0:
+                break
+            num_ended += 1
+            context_tokens += start + n
+        merged = DecodeLoad(self.decode.batch + num_ended, self.decode.context_tokens + context_tokens)
+        return PrefillLoad(num_tokens, num_pairs, num_ended), merged
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How the two lanes share the device until the next decision."""
+
+    mode: Mode
+    partition: Partition
+    token_chunk: int  # prompt tokens of the next chunk
+    layers: int  # of one prefill piece, about as long as a decode step
+    step_s: float = 0.0  # guarded prediction of the gap between two tokens; 0 where nothing was predicted
+    prompt_tokens_per_s: float = 0.0
+    is_unmeetable: bool = False
+    decode_s: float = 0.0  # guarded prediction of the decode step alone
+    holds_decode: bool = False  # no step while a prompt waits
+
+    def describe(self) -> str:
+        where = "whole chip" if self.partition.is_shared else f"{self.partition.decode_sms} SMs decode"
+        late = ", TBT unmeetable" if self.is_unmeetable else ""
+        rate = f"{self.prompt_tokens_per_s:,.0f} prompt tokens/s"
+        return f"{self.mode.value} ({where}): gap <= {1e3 * self.step_s:.1f} ms, {rate}{late}"
+
+
+class Policy(Protocol):
+    """What the scheduler asks before it launches anything: this module's dispatcher, or one of baselines.py."""
+
+    def choose(self, load: Load, current: Decision | None = None) -> Decision: ...
