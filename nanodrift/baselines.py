@@ -5,20 +5,38 @@ policies compares policies and nothing else.
 
     turns           a token chunk, a decode step, a token chunk: nobody's promise is looked at. The default until the
                     machine's costs are known
-    chunked         every step is one fused batch of a fixed token budget (Sarathi-Serve, vLLM)
-    chunked auto    the same, its budget sized by the estimator to the tightest TBT
+    prefill-first   whole prompts as soon as there is room for them, decode steps when none waits (SGLang's default)
+    chunked         every step is one fused batch of a fixed token budget, decoding rows first (Sarathi-Serve, vLLM)
+    chunked-auto    the same, its budget sized by the estimator to the tightest TBT
     static          one partition for good, whatever the load
+    overlap         the same on an executor whose halves are plain streams: grids are limited to each side's SM count,
+                    but nothing keeps them on SMs of their own. Also what a GPU without green contexts can do
 
-Imports no torch, reads no clock.
+While nothing decodes, each of them prefills on the whole chip. Imports no torch, reads no clock.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanodrift.cost import CostModel, Guard
+from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
 from nanodrift.dispatch import Decision, Dispatcher, Load, Mode, Policy, Turns
-from nanodrift.plan import Partition
+from nanodrift.plan import MAX_FUSED_TOKENS, Lane, Partition
+
+NAMES = ("mux", "turns", "prefill-first", "chunked", "chunked-auto", "static", "overlap")
+TYPICAL = PrefillLoad.of_chunk(2048, 0), DecodeLoad(64, 64 * 1024)  # what the best split is best for
+
+
+@dataclass(frozen=True)
+class PrefillFirst:
+    """No decode step is launched while there is prefill to launch."""
+
+    whole_chip: Partition
+    token_chunk: int
+    layers: int
+
+    def choose(self, load: Load, current: Decision | None = None) -> Decision:
+        return Decision(Mode.EXCLUSIVE, self.whole_chip, self.token_chunk, self.layers, holds_decode=True)
 
 
 @dataclass(frozen=True)
@@ -27,12 +45,13 @@ class Chunked:
 
     whole_chip: Partition
     budget_tokens: int
+    token_chunk: int  # while nothing decodes
     layers: int
 
     def choose(self, load: Load, current: Decision | None = None) -> Decision:
         if load.decode.batch == 0:
-            return Decision(Mode.EXCLUSIVE, self.whole_chip, self.budget_tokens, self.layers)
-        token_chunk = max(1, self.budget_tokens - load.decode.batch)
+            return Decision(Mode.EXCLUSIVE, self.whole_chip, self.token_chunk, self.layers)
+        token_chunk = min(max(1, self.budget_tokens - load.decode.batch), MAX_FUSED_TOKENS)
         return Decision(Mode.FUSED, self.whole_chip, token_chunk, self.layers)
 
 
@@ -49,6 +68,22 @@ class Static:
         return self.dispatcher.split_at(load, self.partition)
 
 
+def best_split(dispatcher: Dispatcher) -> Partition:
+    """The partition on which both lanes together do most of what each would do alone on the chip, by the profile."""
+    cost, guard, (prefill, decode) = dispatcher.cost, dispatcher.guard, TYPICAL
+    whole = dispatcher.whole_chip
+
+    def co_run_sum(partition: Partition) -> float:
+        cell = Cell.of(prefill, decode, partition.decode_sms)
+        prefill_s = cost.prefill_s(prefill, partition.prefill_sms) * guard.factor(Lane.PREFILL, cell).mean
+        decode_s = cost.decode_s(decode, partition.decode_sms) * guard.factor(Lane.DECODE, cell).mean
+        return (
+            cost.prefill_s(prefill, whole.prefill_sms) / prefill_s + cost.decode_s(decode, whole.decode_sms) / decode_s
+        )
+
+    return max(dispatcher.splits, key=co_run_sum)
+
+
 def make_policy(
     name: str,
     cost: CostModel,
@@ -57,24 +92,31 @@ def make_policy(
     *,
     max_prefill_tokens: int,
     modes: tuple[Mode, ...] = tuple(Mode),
+    side_by_side: bool = True,
     budget_tokens: int = 512,
     decode_sms: int = 32,
 ) -> Policy:
-    """``mux``, ``turns``, ``chunked``, ``chunked-auto`` or ``static``. Raises ValueError for any other name."""
-    dispatcher = Dispatcher(cost, guard, partitions, max_prefill_tokens=max_prefill_tokens, modes=modes)
-    whole_chip = dispatcher.whole_chip
+    """A policy of these NAMES. Raises ValueError for any other, and for a partition that there is not.
+
+    ``modes`` and ``side_by_side`` (of a fused step's attentions) are of mux, ``budget_tokens`` is of chunked,
+    ``decode_sms`` of static and overlap: 0 takes the best split by the profile.
+    """
+    options = {"max_prefill_tokens": max_prefill_tokens}
+    dispatcher = Dispatcher(cost, guard, partitions, modes=modes, side_by_side=side_by_side, **options)
+    whole_chip, layers = dispatcher.whole_chip, cost.num_layers
     if name == "mux":
         return dispatcher
     if name == "turns":
-        return Turns(whole_chip, max_prefill_tokens, cost.num_layers)
+        return Turns(whole_chip, max_prefill_tokens, layers)
+    if name == "prefill-first":
+        return PrefillFirst(whole_chip, max_prefill_tokens, layers)
     if name == "chunked":
-        return Chunked(whole_chip, budget_tokens, cost.num_layers)
-    if name == "chunked-auto":
-        whole_only = (whole_chip,)  # attentions in sequence, as chunked prefill runs them
-        return Dispatcher(cost, guard, whole_only, max_prefill_tokens=max_prefill_tokens, modes=(Mode.FUSED,))
-    if name == "static":
+        return Chunked(whole_chip, budget_tokens, max_prefill_tokens, layers)
+    if name == "chunked-auto":  # attentions in sequence, as chunked prefill runs them
+        return Dispatcher(cost, guard, (whole_chip,), modes=(Mode.FUSED,), side_by_side=False, **options)
+    if name in ("static", "overlap"):
         halves = {partition.decode_sms: partition for partition in dispatcher.splits}
-        if decode_sms not in halves:
+        if not halves or (decode_sms and decode_sms not in halves):
             raise ValueError(f"no partition gives decode {decode_sms} SMs; there are {sorted(halves)}")
-        return Static(dispatcher, halves[decode_sms])
-    raise ValueError(f"there is no policy {name!r}: mux, turns, chunked, chunked-auto and static are known")
+        return Static(dispatcher, halves[decode_sms] if decode_sms else best_split(dispatcher))
+    raise ValueError(f"there is no policy {name!r}: {', '.join(NAMES)} are known")
