@@ -80,10 +80,11 @@ def _loop(link: FrameLink, engine, messages: list[list]) -> None:
     while True:
         for message in messages:
             _handle(link, engine, message, tokenless)
+        has_left = any(message[0] == "abort" for message in messages)  # what it held is free: say so at once
         events = engine.step() if engine.has_work else []
         is_busy, now_s = engine.has_work, time.perf_counter()
         stats = None
-        if now_s - stats_s >= STATS_EVERY_S or is_busy != was_busy or (messages and not is_busy):
+        if now_s - stats_s >= STATS_EVERY_S or is_busy != was_busy or (messages and not is_busy) or has_left:
             if now_s - predicted_s >= PREDICTIONS_EVERY_S or (was_busy and not is_busy):
                 predictions, predicted_s = engine.predictions(), now_s
             stats = engine.stats() | {"predictions": predictions}
@@ -91,12 +92,15 @@ def _loop(link: FrameLink, engine, messages: list[list]) -> None:
                 _account(stats, is_new=was_busy)
             stats_s, was_busy = now_s, is_busy
         if events or stats:
-            rows = [
-                [e.request_id, e.token_ids, e.finish_reason, e.stop_reason, e.num_cached_tokens,
-                 _queued_s(tokenless.pop(e.request_id, None))] for e in events
-            ]  # fmt: skip
+            rows = [_row(event, _queued_s(tokenless.pop(event.request_id, None))) for event in events]
             link.send(["step", rows, stats])
         messages = link.receive(0 if is_busy else None)
+
+
+def _row(event, queued_s: float | None) -> list:
+    """One token event on the wire; logprobs, which few ask for, only where there are any."""
+    row = [event.request_id, event.token_ids, event.finish_reason, event.stop_reason, event.num_cached_tokens, queued_s]
+    return [*row, event.logprobs, event.prompt_logprobs] if event.logprobs or event.prompt_logprobs else row
 
 
 def _account(stats: dict, is_new: bool) -> None:
