@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +19,28 @@ from nanodrift.penalties import Penalties
 from nanodrift.plan import DecodeWork, NewBlocks, PrefillWork, RowParams
 from nanodrift.request import MAX_STOP_TOKEN_IDS
 
-Upload = Callable[[array], torch.Tensor]  # 32-bit ints of the host -> an int32 tensor on the device, stream-ordered
+# 32-bit ints of the host -> an int32 tensor on the device, stream-ordered: the given one if there is one, else any
+Upload = Callable[..., torch.Tensor]
+
+
+class PassShape(NamedTuple):
+    """What a pass has room for. Work is padded up to it, so that all work of one shape can use one captured graph."""
+
+    num_prefill_tokens: int
+    num_slices: int  # R
+    num_decoding: int  # B
+    num_sampled: int  # Q
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefill_tokens + self.num_decoding
+
+    @classmethod
+    def of(cls, prefill: PrefillWork | None, decode: DecodeWork | None) -> PassShape:
+        """The shape without padding."""
+        slices, num_decoding = prefill.slices if prefill else (), len(decode.rows) if decode else 0
+        num_ended = sum(piece.params is not None for piece in slices)
+        return cls(sum(len(s.token_ids) for s in slices), len(slices), num_decoding, num_ended + num_decoding)
 
 
 @dataclass
@@ -37,10 +59,12 @@ class Batch:
     prefill_rows: torch.Tensor | None = None  # [R]
     query_starts: torch.Tensor | None = None  # [R + 1] cumulative
     prefill_context_lens: torch.Tensor | None = None  # [R] cached and new tokens
-    max_query_len: int = 0  # upper bound of the slices' lengths
+    decode_rows: torch.Tensor | None = None  # [B]
     decode_context_lens: torch.Tensor | None = None  # [B] = positions + 1
+    gather_rows: torch.Tensor | None = None  # [B] = decode_rows, but for padding the spare row
     sample_rows: torch.Tensor | None = None  # [Q] rows of the sampled tokens
     sample_positions: torch.Tensor | None = None  # [Q] and their positions
+    shape: PassShape | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -93,6 +117,13 @@ class Rows:
         places, block_ids = upload(places + block_ids).chunk(2)
         self.block_table.view(-1).index_copy_(0, places.long(), block_ids)
 
+    def advance(self, batch: Batch) -> None:
+        """Fetches the decoding rows' tokens, positions and lengths into the batch; the host may not know them yet."""
+        first = batch.num_prefill_tokens
+        torch.index_select(self.last_token, 0, batch.gather_rows, out=batch.token_ids[first:])
+        torch.index_select(self.next_position, 0, batch.gather_rows, out=batch.positions[first:])
+        torch.add(batch.positions[first:], 1, out=batch.decode_context_lens)
+
     def set_params(self, rows_and_params: list[tuple[int, RowParams]], upload: Upload) -> None:
         """Writes the sampling parameters of requests whose prompt is about to be complete."""
         if not rows_and_params:
@@ -120,11 +151,10 @@ class Rows:
         self.banned.index_copy_(0, rows, banned)
 
 
-def build_batch(rows: Rows, prefill: PrefillWork | None, decode: DecodeWork | None, upload: Upload) -> Batch:
-    """Lays out a pass over a prefill chunk, a decode step, or both, with a single copy to the device."""
-    slices = prefill.slices if prefill else ()
+def pack(rows: Rows, prefill: PrefillWork | None, decode: DecodeWork | None, shape: PassShape) -> array:
+    """The ints that describe a prefill chunk, a decode step, or both, padded to a shape; see ``lay_out``."""
     token_ids, positions, token_rows = array("i"), array("i"), array("i")
-    starts, sampled, sampled_rows = array("i", [0]), array("i"), array("i")
+    slices, starts, sampled, sampled_rows = prefill.slices if prefill else (), array("i", [0]), array("i"), array("i")
     for piece in slices:
         token_ids.extend(piece.token_ids)
         positions.extend(range(piece.start, piece.end))
@@ -133,45 +163,69 @@ def build_batch(rows: Rows, prefill: PrefillWork | None, decode: DecodeWork | No
         if piece.params is not None:
             sampled.append(len(token_ids) - 1)
             sampled_rows.append(piece.row)
-    num_prefill_tokens = len(token_ids)
+    decoding, first = (decode.rows if decode else ()), shape.num_prefill_tokens
+    for part, padding in ((token_ids, 0), (positions, 0), (token_rows, -1)):
+        part.extend([padding] * (first - len(part)))
     if decode:
-        sampled.extend(range(num_prefill_tokens, num_prefill_tokens + len(decode.rows)))
-        token_ids.extend([0] * len(decode.rows))  # they lie on the device, in the rows
+        sampled.extend(range(first, first + len(decoding)))
         positions.extend(decode.positions)
-        token_rows.extend(decode.rows)
-        sampled_rows.extend(decode.rows)
-    parts = [
-        token_ids,
-        positions,
-        token_rows,
-        sampled,
-        sampled_rows,
-        array("i", [positions[i] for i in sampled]),
-        array("i", [piece.row for piece in slices]),
-        array("i", [piece.end for piece in slices]),
-        starts,
-    ]
-    sizes = [len(part) for part in parts]
-    for part in parts:  # each starts at a multiple of 16 bytes: kernels have one binary for that and one for the rest
-        part.extend([0] * (-len(part) % 4))
-    padded = upload(sum(parts, array("i"))).split([len(part) for part in parts])
-    device_parts = [part[:size] for part, size in zip(padded, sizes, strict=True)]
-    batch = Batch(
-        token_ids=device_parts[0],
-        positions=device_parts[1],
-        rows=device_parts[2],
-        sample_indices=device_parts[3],
-        block_table=rows.block_table,
-        sample_rows=device_parts[4],
-        sample_positions=device_parts[5],
-        num_prefill_tokens=num_prefill_tokens,
-        prefill_rows=device_parts[6],
-        prefill_context_lens=device_parts[7],
-        query_starts=device_parts[8],
-        max_query_len=max((len(piece.token_ids) for piece in slices), default=0),
+        token_rows.extend(decoding)
+        sampled_rows.extend(decoding)
+    columns = (  # ints, padding
+        (token_ids, 0),  # the decoding rows' own lie on the device
+        (positions, 0),
+        (token_rows, -1),
+        (sampled, 0),
+        (sampled_rows, -1),
+        (array("i", [positions[i] for i in sampled]), 0),
+        (array("i", [piece.row for piece in slices]), -1),
+        (array("i", [piece.end for piece in slices]), 0),
+        (starts, starts[-1]),
+        (array("i", decoding), -1),
+        (array("i", [position + 1 for position in decode.positions] if decode else []), 0),
+        (array("i", decoding), rows.spare_row),
     )
-    if decode:
-        decode_rows = batch.rows[num_prefill_tokens:]
-        torch.index_select(rows.last_token, 0, decode_rows, out=batch.token_ids[num_prefill_tokens:])
-        batch.decode_context_lens = batch.positions[num_prefill_tokens:] + 1
-    return batch
+    ints = array("i")
+    for (part, padding), size in zip(columns, _sizes(shape), strict=True):
+        ints.extend(part)
+        ints.extend([padding] * (_aligned(size) - len(part)))
+    return ints
+
+
+def lay_out(rows: Rows, shape: PassShape, ints: torch.Tensor) -> Batch:
+    """The batch that packed ints are, once they lie on the device: views, always at the same places for one shape."""
+    sizes = _sizes(shape)
+    padded = ints[: sum(map(_aligned, sizes))].split([_aligned(size) for size in sizes])
+    part = [piece[:size] for piece, size in zip(padded, sizes, strict=True)]
+    return Batch(
+        token_ids=part[0],
+        positions=part[1],
+        rows=part[2],
+        sample_indices=part[3],
+        block_table=rows.block_table,
+        sample_rows=part[4],
+        sample_positions=part[5],
+        num_prefill_tokens=shape.num_prefill_tokens,
+        prefill_rows=part[6],
+        prefill_context_lens=part[7],
+        query_starts=part[8],
+        decode_rows=part[9],
+        decode_context_lens=part[10],
+        gather_rows=part[11],
+        shape=shape,
+    )
+
+
+def num_ints(shape: PassShape) -> int:
+    """What ``pack`` returns, counted."""
+    return sum(map(_aligned, _sizes(shape)))
+
+
+def _sizes(shape: PassShape) -> tuple[int, ...]:
+    t, r, b, q = shape.num_tokens, shape.num_slices, shape.num_decoding, shape.num_sampled
+    return t, t, t, q, q, q, r, r, r + 1, b, b, b
+
+
+def _aligned(size: int) -> int:
+    """Each part starts at a multiple of 16 bytes: kernels have one binary for that and one for the rest."""
+    return -(-size // 4) * 4

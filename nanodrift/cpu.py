@@ -52,7 +52,8 @@ class CpuExecutor:
     @torch.inference_mode()
     def launch(self, work: Work, partition: Partition) -> Ticket:
         self._num_tickets += 1
-        ticket = Ticket(self._num_tickets, work, partition, launched_s=self.clock.now())
+        started_s = self.clock.now()
+        ticket = Ticket(self._num_tickets, work, partition, launched_s=started_s)
         if isinstance(work, PrefillWork):
             token_ids = self._prefill.prefill(work, _upload)
         elif isinstance(work, FusedWork):
@@ -61,7 +62,8 @@ class CpuExecutor:
             token_ids = self._decode.decode(work, _upload)
         token_ids = token_ids.tolist() if token_ids is not None else []
         tokens = tuple(zip(work.sampled_ids, token_ids, strict=True))
-        self._done.append(Completion(ticket, self.clock.now(), tokens))
+        finished_s = self.clock.now()
+        self._done.append(Completion(ticket, finished_s, tokens, busy_s=finished_s - started_s))
         return ticket
 
     def wait(self, until_s: float | None) -> list[Completion]:
@@ -74,5 +76,6 @@ class CpuExecutor:
         self._prefill = self._decode = None
 
 
-def _upload(ints: array) -> torch.Tensor:
-    return torch.frombuffer(ints, dtype=torch.int32).clone() if ints else torch.empty(0, dtype=torch.int32)
+def _upload(ints: array, out: torch.Tensor | None = None) -> torch.Tensor:
+    out = torch.empty(len(ints), dtype=torch.int32) if out is None else out[: len(ints)]
+    return out.copy_(torch.frombuffer(ints, dtype=torch.int32)) if ints else out

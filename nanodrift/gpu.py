@@ -1,31 +1,39 @@
 """The executor on a GPU: work is enqueued on streams, completions are events that are polled, nothing blocks the host.
 
 Each lane has its memory (runner.py), and a stream in every partition; on the whole chip both share one stream, hence
-take turns in launch order. Decode steps are CUDA graphs, one per (partition, batch bucket), captured largest first into
-one memory pool; tokens, positions and block tables stay on the device, so a step can be launched before the host has
-read the one before it. Prefill pieces are launched operator by operator. A lane that changes its partition goes on
-behind its own last work, and behind the other lane's where that still holds SMs it now wants: a wait between streams,
-never on the host. After start-up nothing is compiled or captured, and all memory that grows with the work is there.
+take turns in launch order. A fused step runs on the whole chip and may fork its two attentions onto the halves of a
+partition. Work of the sizes that matter is replayed from CUDA graphs (graphs.py), the rest is launched operator by
+operator; tokens, positions and block tables stay on the device, so a step can be launched before the host has read the
+one before it. A lane that changes its partition goes on behind its own last work, and behind the other lane's where
+that still holds SMs it now wants: a wait between streams, never on the host. After start-up nothing is compiled or
+captured, and all memory that grows with the work is there: ``counters`` counts what is not.
+
+What is done is known from events alone: a device-wide synchronise may miss work on a green context's stream.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
-from nanodrift.batch import Batch, Rows
+from nanodrift import graphs
+from nanodrift.batch import PassShape, Rows
 from nanodrift.config import BLOCK_SIZE, ConfigError
 from nanodrift.executor import WallClock
 from nanodrift.model import KVPool, Model
-from nanodrift.ops import LaneResources
+from nanodrift.ops import LaneResources, Scratch
 from nanodrift.partition import split_device
 from nanodrift.plan import (
+    MAX_FUSED_SLICES,
     Completion,
     DecodeWork,
     FusedWork,
@@ -39,7 +47,10 @@ from nanodrift.plan import (
 )
 from nanodrift.runner import Runner
 
-BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+# Read when CUDA starts, hence set on import. With fewer hardware queues than streams, work of one lane could end up
+# queued behind the other's.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 WARM_UP_TOKENS = (
     1,
     2,
@@ -87,23 +98,36 @@ class Stage:
         self.num_used = 0
         return self
 
-    def upload(self, ints: array) -> torch.Tensor:
-        return self.copy(ints, self.device[self.num_used : self.num_used + len(ints)])
-
-    def copy(self, ints: array, target: torch.Tensor) -> torch.Tensor:
-        """Copies ints to ``target`` on the device, stream-ordered, through this stage's pinned memory."""
-        if not ints:
-            return target
+    def upload(self, ints: array, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Copies ints to the device, stream-ordered: to the front of ``out``, or to where this stage has room."""
         start, end = self.num_used, self.num_used + len(ints)
-        self.host[start:end] = torch.frombuffer(ints, dtype=torch.int32)
-        target.copy_(self.host[start:end], non_blocking=True)
-        self.num_used = -(-end // 4) * 4  # 16-byte steps: some ints are halves of 64-bit seeds
+        target = self.device[start:end] if out is None else out[: len(ints)]
+        if ints:
+            self.host[start:end] = torch.frombuffer(ints, dtype=torch.int32)
+            target.copy_(self.host[start:end], non_blocking=True)
+            self.num_used = -(-end // 4) * 4  # 16-byte steps: some ints are halves of 64-bit seeds
         return target
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one kind of work runs in one partition."""
+
+    runner: Runner
+    resources: LaneResources
+    stream: torch.cuda.Stream
+    partition: Partition
+
+    def enter(self) -> torch.cuda.StreamContext:
+        """Gives the runner what it may use there."""
+        self.runner.lane, self.runner.partition = self.resources, self.partition
+        return torch.cuda.stream(self.stream)
 
 
 @dataclass
 class _InFlight:
     ticket: Ticket
+    start: torch.cuda.Event  # behind all waits, before the first kernel
     event: torch.cuda.Event
     tokens: torch.Tensor | None  # pinned; valid behind the event
 
@@ -118,7 +142,10 @@ class _LastLaunch:
 
 
 class GpuExecutor:
-    """Two lanes over one KV pool sized from what memory is left; partitions of ``decode_sms`` beside the whole chip."""
+    """Two lanes over one KV pool sized from what memory is left; partitions of ``decode_sms`` beside the whole chip.
+
+    Without green contexts partitions are plain streams, see partition.py.
+    """
 
     def __init__(
         self,
@@ -131,6 +158,7 @@ class GpuExecutor:
         num_blocks: int | None = None,
         deterministic: bool = False,
         decode_sms: tuple[int, ...] = (),
+        green_contexts: bool = True,
         report: Callable[[str, float], None] = lambda phase, done: None,
     ):
         self.clock = WallClock()
@@ -141,42 +169,47 @@ class GpuExecutor:
         self.num_layers, self.num_rows = model.config.num_layers, num_rows
         self.max_prefill_tokens, self.device_name = max_prefill_tokens, properties.name
         self.num_sms = num_sms
-        self.split = split_device(device, decode_sms)
-        whole_chip, stream = Partition(num_sms, num_sms, is_shared=True), torch.cuda.Stream(device)
-        self._streams = {whole_chip: {Lane.PREFILL: stream, Lane.DECODE: stream}} | {
+        self.split = split_device(device, decode_sms, green_contexts)
+        whole_chip, whole_stream = Partition(num_sms, num_sms, is_shared=True), torch.cuda.Stream(device)
+        streams = {whole_chip: dict.fromkeys(Lane, whole_stream)} | {
             one.partition: {Lane.PREFILL: one.prefill_stream, Lane.DECODE: one.decode_stream}
             for one in self.split.streams
         }
-        self.partitions = tuple(self._streams)
+        self.partitions = tuple(streams)
 
         rows = Rows(num_rows, max_model_len, device)
         max_tokens = {Lane.PREFILL: max_prefill_tokens + num_rows, Lane.DECODE: num_rows}  # a fused step holds both
-        self._resources = {lane: self._lane_resources(model, lane, n, deterministic) for lane, n in max_tokens.items()}
-        self._runners = {
-            lane: Runner(model, None, rows, self._resources[lane][num_sms], n) for lane, n in max_tokens.items()
-        }
-        num_ints = 4 * max_tokens[Lane.PREFILL] + 64 * num_rows + num_rows * rows.max_blocks
-        self._stages = {lane: deque(Stage(num_ints, num_rows, device) for _ in range(NUM_STAGES)) for lane in Lane}
+        counts = {lane: {_lane_sms(partition, lane) for partition in streams} for lane in Lane}
+        counts[Lane.PREFILL] |= counts[Lane.DECODE]  # a fused step's: it attends on both halves
+        scratch = {lane: model.new_scratch(n, tuple(sorted(counts[lane]))) for lane, n in max_tokens.items()}
+        self._runners = {lane: Runner(model, None, rows, LaneResources(), n) for lane, n in max_tokens.items()}
+        self._places = _make_places(self._runners, streams, scratch, deterministic)
+        most_sampled = num_rows + MAX_FUSED_SLICES
+        num_ints = 4 * max_tokens[Lane.PREFILL] + 64 * most_sampled + 2 * num_rows * rows.max_blocks
+        self._stages = {lane: deque(Stage(num_ints, most_sampled, device) for _ in range(NUM_STAGES)) for lane in Lane}
         self.num_blocks = num_blocks or _blocks_that_fit(model, rows, memory_fraction)
         kv = KVPool(model.config, self.num_blocks, model.dtype, device)
         for runner in self._runners.values():
             runner.kv = kv
 
-        self._buckets = sorted({min(b, num_rows) for b in BATCH_BUCKETS if b < num_rows} | {num_rows})
-        self._row_ids = torch.zeros(2 * num_rows, dtype=torch.int32, device=device)
-        self._token_ids = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        self._positions = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        self._context_lens = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        self._indices = torch.arange(num_rows, dtype=torch.int32, device=device)
-        self._graphs: dict[tuple[Partition, int], torch.cuda.CUDAGraph] = {}
-        self._rows_on_device: tuple[int, tuple[int, ...]] | None = None  # (bucket, rows) of the last decode step
         self._num_tickets = 0
         self._in_flight = {lane: deque() for lane in Lane}  # a fused step stands in the prefill lane's
         self._last: dict[Lane, _LastLaunch] = {}
+        shapes = {
+            PrefillWork: graphs.prefill_shapes(max_prefill_tokens),
+            DecodeWork: graphs.decode_shapes(num_rows),
+            FusedWork: graphs.fused_shapes(max_prefill_tokens, num_rows),
+        }
         with torch.inference_mode():
-            self._warm_up(report)
-            self._capture(report)
-        torch.cuda.synchronize(device)
+            self._warm_up(shapes, report)
+            self._graph_costs = self._capture(shapes, device, report)
+        self._runners[Lane.DECODE].shapes = shapes[DecodeWork]
+        both = shapes[PrefillWork] + shapes[FusedWork]
+        self._runners[Lane.PREFILL].shapes = tuple(sorted(both, key=lambda shape: shape.num_tokens))
+        gc.collect()
+        gc.freeze()  # what start-up made stays: no reason to walk through it again and again
+        self._count_compilations()
+        self._num_mallocs_at_start = _num_mallocs()
 
     # ---- the protocol ------------------------------------------------------------------------------------------
 
@@ -184,17 +217,16 @@ class GpuExecutor:
     def launch(self, work: Work, partition: Partition) -> Ticket:
         self._num_tickets += 1
         ticket = Ticket(self._num_tickets, work, partition, launched_s=self.clock.now())
-        if isinstance(work, FusedWork):
-            partition = self.partitions[0]  # its products use every SM
-        lane = work.lanes[0]
-        stream, num_sms = self._streams[partition][lane], _lane_sms(partition, lane)
+        lane, place = work.lanes[0], self._places[type(work), partition]
+        runner, stream, num_sms = place.runner, place.stream, place.resources.num_sms
         self._wait_for_sms(stream, num_sms, work.lanes)
-        runner, stage = self._runners[lane], self._stage_of(work)
-        runner.lane = self._resources[lane][num_sms]
+        stage = self._next_stage(lane)
+        start, stage.event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         answer = None
-        with torch.cuda.stream(stream):
+        with place.enter():
+            start.record()
             if isinstance(work, DecodeWork):
-                token_ids = self._decode(runner, work, partition, stage)
+                token_ids = runner.decode(work, stage.upload)
             elif isinstance(work, FusedWork):
                 token_ids = runner.fused(work, stage.upload)
             else:
@@ -202,11 +234,10 @@ class GpuExecutor:
             if token_ids is not None:
                 answer = stage.tokens[: token_ids.shape[0]]
                 answer.copy_(token_ids, non_blocking=True)
-            stage.event = torch.cuda.Event()
             stage.event.record()
         for occupied in work.lanes:
             self._last[occupied] = _LastLaunch(stage.event, stream, num_sms)
-        self._in_flight[lane].append(_InFlight(ticket, stage.event, answer))
+        self._in_flight[lane].append(_InFlight(ticket, start, stage.event, answer))
         return ticket
 
     def wait(self, until_s: float | None) -> list[Completion]:
@@ -221,31 +252,31 @@ class GpuExecutor:
                 return sorted(done, key=lambda completion: completion.ticket.number)
             time.sleep(until_s - now_s if is_idle else POLL_S)
 
+    def counters(self) -> dict[str, int | float]:
+        """What should not happen once the engine is ready, and what its graphs cost."""
+        return {
+            "num_compilations": self._num_compilations,
+            "num_cuda_mallocs": _num_mallocs() - self._num_mallocs_at_start,
+            "num_graphs": self._graph_costs.num_graphs,
+            "graph_seconds": self._graph_costs.seconds,
+            "graph_bytes": self._graph_costs.bytes,
+        }
+
     def close(self) -> None:
-        torch.cuda.synchronize()
-        self._graphs.clear()
+        for last in self._last.values():
+            last.event.synchronize()
+        self._stop_counting()
+        gc.unfreeze()
         self._runners.clear()
-        self._resources.clear()
+        self._places.clear()
         gc.collect()
         torch.cuda.empty_cache()
 
     # ---- lanes and partitions ----------------------------------------------------------------------------------
 
-    def _lane_resources(
-        self, model: Model, lane: Lane, max_tokens: int, deterministic: bool
-    ) -> dict[int, LaneResources]:
-        """What a lane's kernels get in each partition: its SM count there, over one scratch of the lane's."""
-        counts = {_lane_sms(partition, lane) for partition in self.partitions}
-        scratch = model.new_scratch(max_tokens, tuple(sorted(counts)))
-        return {num_sms: LaneResources(num_sms, deterministic, scratch) for num_sms in counts}
-
-    def _stage_of(self, work: Work) -> Stage:
-        """The pieces of a chunk share a stage: its metadata must outlive them all."""
-        stages = self._stages[work.lanes[0]]
-        if isinstance(work, PrefillWork) and work.first_layer > 0:
-            return stages[-1]
-        stages.rotate(-1)
-        return stages[-1].begin()
+    def _next_stage(self, lane: Lane) -> Stage:
+        self._stages[lane].rotate(-1)
+        return self._stages[lane][-1].begin()
 
     def _wait_for_sms(self, stream: torch.cuda.Stream, num_sms: int, lanes: tuple[Lane, ...]) -> None:
         """Puts ``stream`` behind what came before it on these lanes, and behind work that holds SMs it wants."""
@@ -254,93 +285,123 @@ class GpuExecutor:
             if last.stream != stream and not has_room:
                 stream.wait_event(last.event)
 
-    # ---- decode in graphs --------------------------------------------------------------------------------------
+    # ---- start-up ----------------------------------------------------------------------------------------------
 
-    def _decode(self, runner: Runner, work: DecodeWork, partition: Partition, stage: Stage) -> torch.Tensor:
-        num = len(work.rows)
-        runner.rows.assign_blocks(work.new_blocks, stage.upload)
-        bucket = next(b for b in self._buckets if b >= num)
-        if self._rows_on_device != (bucket, work.rows):
-            padding = bucket - num
-            row_ids = array("i", work.rows + (-1,) * padding + work.rows + (runner.rows.spare_row,) * padding)
-            stage.copy(row_ids, self._row_ids[: 2 * bucket])
-            self._rows_on_device = (bucket, work.rows)
-        self._graphs[partition, bucket].replay()
-        logits, positions = runner.logits[:num], self._positions[:num]
-        return runner.sample(logits, self._row_ids[:num], positions, work.has_filter, work.has_ban)
+    def _warm_up(self, shapes: dict[type, tuple[PassShape, ...]], report: Callable[[str, float], None]) -> None:
+        """Runs every kernel at every size that has its own binary, in every partition, before anything is captured.
 
-    def _decode_pass(self, runner: Runner, bucket: int) -> None:
-        """What a graph holds: rows -> last tokens and positions -> logits. Sampling follows outside of it."""
-        rows = runner.rows
-        row_ids, gather_ids = self._row_ids[: 2 * bucket].view(2, bucket)  # [B] -1 for padding; [B] spare for padding
-        token_ids, positions = self._token_ids[:bucket], self._positions[:bucket]  # [B]
-        context_lens = self._context_lens[:bucket]  # [B]
-        torch.index_select(rows.last_token, 0, gather_ids, out=token_ids)
-        torch.index_select(rows.next_position, 0, gather_ids, out=positions)
-        torch.add(positions, 1, out=context_lens)
-        indices = self._indices[:bucket]
-        batch = Batch(token_ids, positions, row_ids, indices, rows.block_table, decode_context_lens=context_lens)
-        runner.model.embed(batch, runner.state, runner.lane)
-        runner.model.run_layers(batch, runner.state, runner.kv, 0, runner.num_layers, runner.lane)
-        runner.model.head(batch, runner.state, runner.lane, out=runner.logits[:bucket])
-
-    def _capture(self, report: Callable[[str, float], None]) -> None:
-        """One graph per partition and bucket, largest first, so that the others fit into its memory.
-
-        They share one pool, since only one decode step runs at a time.
+        What it writes goes to the spare block.
         """
-        runner, pool = self._runners[Lane.DECODE], torch.cuda.graph_pool_handle()
-        wanted = [(partition, bucket) for bucket in reversed(self._buckets) for partition in self.partitions]
+        params = RowParams(top_k=1, min_position=self.max_prefill_tokens)
+        sizes = [n for n in WARM_UP_TOKENS if n < self.max_prefill_tokens] + [self.max_prefill_tokens]
+        for done, (kind, partition) in enumerate(self._places):
+            place = self._places[kind, partition]
+            runner = place.runner
+            with place.enter():
+                for shape in shapes[kind]:
+                    with self._borrowed_stage(kind.lanes[0]) as stage:
+                        batch = runner.padding(shape, stage.upload)
+                    runner.compute(batch, num_layers=1)
+                    sampled = runner.logits[: shape.num_sampled], batch.sample_rows, batch.sample_positions
+                    for is_special in (False, True):
+                        runner.sample(*sampled, has_filter=is_special, has_ban=is_special)
+                for num_tokens in sizes if kind is PrefillWork else ():  # no graph is sure to have room for it
+                    for num_slices in {1, min(3, num_tokens)}:
+                        token_ids = (0,) * (num_tokens // num_slices)
+                        piece = PrefillSlice("warm-up", runner.rows.spare_row, 0, token_ids, params)
+                        with self._borrowed_stage(Lane.PREFILL) as stage:
+                            runner.prefill(PrefillWork(0, (piece,) * num_slices, 0, 1, is_last=True), stage.upload)
+            place.stream.synchronize()
+            report("kernels", (done + 1) / len(self._places))
+
+    def _capture(
+        self,
+        shapes: dict[type, tuple[PassShape, ...]],
+        device: torch.device,
+        report: Callable[[str, float], None],
+    ) -> graphs.CaptureCosts:
+        """Graphs of decode steps and fused steps, and of each layer of a prefill; in every partition.
+
+        Work of one lane never runs beside itself, so a lane's graphs share one memory pool.
+        """
+        pools = {lane: torch.cuda.graph_pool_handle() for lane in Lane}
+        wanted = []
+        for kind, partition in self._places:
+            place, pool = self._places[kind, partition], pools[kind.lanes[0]]
+            runner = place.runner
+            for shape in reversed(shapes[kind]):
+                batch = runner.batch_of(shape)
+                bodies = {(partition, shape): partial(runner.compute, batch)}
+                if kind is PrefillWork:
+                    bodies = {
+                        (partition, shape, layer): partial(runner.run_layer, batch, layer)
+                        for layer in range(self.num_layers)
+                    }
+                wanted += [graphs.Capture(runner.graphs, key, place.enter, pool, body) for key, body in bodies.items()]
         gc.collect()
-        gc.disable()  # a compiled kernel that is collected during capture breaks it
+        gc.disable()  # a compiled kernel that is collected during a capture breaks it
         try:
-            for done, (partition, bucket) in enumerate(wanted):
-                runner.lane = self._resources[Lane.DECODE][partition.decode_sms]
-                stream, graph = self._streams[partition][Lane.DECODE], torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    self._decode_pass(runner, bucket)
-                self._graphs[partition, bucket] = graph
-                report("graphs", (done + 1) / len(wanted))
+            return graphs.capture(wanted, device, partial(report, "graphs"))
         finally:
             gc.enable()
 
-    def _warm_up(self, report: Callable[[str, float], None]) -> None:
-        """Runs every kernel at every size that has its own binary, in every partition, before anything is captured."""
-        for done, partition in enumerate(self.partitions):
-            for lane, warm_up in ((Lane.PREFILL, self._warm_up_prefill), (Lane.DECODE, self._warm_up_decode)):
-                runner, stream = self._runners[lane], self._streams[partition][lane]
-                runner.lane = self._resources[lane][_lane_sms(partition, lane)]
-                with torch.cuda.stream(stream):
-                    warm_up(runner, lambda share, base=done: report("kernels", (base + share) / len(self.partitions)))
-                stream.synchronize()
+    @contextmanager
+    def _borrowed_stage(self, lane: Lane) -> Iterator[Stage]:
+        stage = self._next_stage(lane)
+        yield stage
+        stage.event.record()
 
-    def _warm_up_prefill(self, runner: Runner, report: Callable[[float], None]) -> None:
-        """What it writes goes to the spare block."""
-        params = RowParams(top_k=1, min_position=self.max_prefill_tokens)
-        sizes = [n for n in WARM_UP_TOKENS if n < self.max_prefill_tokens] + [self.max_prefill_tokens]
-        for done, num_tokens in enumerate(sizes):
-            for num_slices in {1, min(3, num_tokens)}:
-                piece = PrefillSlice("warm-up", runner.rows.spare_row, 0, (0,) * (num_tokens // num_slices), params)
-                work = PrefillWork(0, (piece,) * num_slices, 0, 1, is_last=True)
-                stage = self._stage_of(work)
-                runner.prefill(work, stage.upload)
-                stage.event.record()
-            report((done + 1) / len(sizes) / 2)
-
-    def _warm_up_decode(self, runner: Runner, report: Callable[[float], None]) -> None:
-        for done, bucket in enumerate(self._buckets):
-            row_ids, gather_ids = self._row_ids[: 2 * bucket].view(2, bucket)
-            row_ids.fill_(-1)
-            gather_ids.fill_(runner.rows.spare_row)
-            self._decode_pass(runner, bucket)
-            for has_filter, has_ban in ((False, False), (True, True)):
-                runner.sample(runner.logits[:bucket], row_ids, self._positions[:bucket], has_filter, has_ban)
-            report(0.5 + (done + 1) / len(self._buckets) / 2)
+    # ---- completions -------------------------------------------------------------------------------------------
 
     def _complete(self, entry: _InFlight) -> Completion:
         token_ids = entry.tokens.tolist() if entry.tokens is not None else []
         tokens = tuple(zip(entry.ticket.work.sampled_ids, token_ids, strict=True))
-        return Completion(entry.ticket, self.clock.now(), tokens)
+        busy_s = entry.start.elapsed_time(entry.event) / 1e3
+        return Completion(entry.ticket, self.clock.now(), tokens, busy_s)
+
+    def _count_compilations(self) -> None:
+        """Has Triton report every kernel that it compiles or loads from now on, on top of whom it tells already."""
+        from triton import knobs  # a machine without a GPU need not have it
+
+        others = knobs.runtime.jit_post_compile_hook
+        self._num_compilations = 0
+
+        def note(**details) -> None:
+            self._num_compilations += 1
+            if others is not None:
+                others(**details)
+
+        def stop() -> None:
+            knobs.runtime.jit_post_compile_hook = others
+
+        knobs.runtime.jit_post_compile_hook, self._stop_counting = note, stop
+
+
+def _make_places(
+    runners: dict[Lane, Runner],
+    streams: dict[Partition, dict[Lane, torch.cuda.Stream]],
+    scratch: dict[Lane, Scratch],
+    deterministic: bool,
+) -> dict[tuple[type, Partition], _Place]:
+    """Every kind of work in every partition; the first partition is the whole chip."""
+    places: dict[tuple[type, Partition], _Place] = {}
+    whole_chip = next(iter(streams))
+    for partition, here in streams.items():
+        for kind, lane in ((PrefillWork, Lane.PREFILL), (DecodeWork, Lane.DECODE)):
+            resources = LaneResources(_lane_sms(partition, lane), deterministic, scratch[lane])
+            places[kind, partition] = _Place(runners[lane], resources, here[lane], partition)
+        # a fused step: products on every SM, attentions on the two halves, all of it in the prefill lane's memory
+        whole = LaneResources(whole_chip.prefill_sms, deterministic, scratch[Lane.PREFILL])
+        halves = tuple((here[lane], replace(whole, num_sms=_lane_sms(partition, lane))) for lane in Lane)
+        resources = whole if partition.is_shared else replace(whole, halves=halves)
+        stream = streams[whole_chip][Lane.PREFILL]
+        places[FusedWork, partition] = _Place(runners[Lane.PREFILL], resources, stream, partition)
+    return places
+
+
+def _num_mallocs() -> int:
+    """Times that torch has asked CUDA for memory so far."""
+    return torch.cuda.memory_stats()["segment.all.allocated"]
 
 
 def _blocks_that_fit(model: Model, rows: Rows, memory_fraction: float) -> int:

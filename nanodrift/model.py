@@ -58,7 +58,10 @@ class Model:
         return LayerState(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
 
     def new_scratch(self, max_tokens: int, sm_counts: tuple[int, ...]) -> Scratch:
-        """Memory for one lane that runs passes of up to ``max_tokens`` tokens, on any of these SM counts."""
+        """Memory for one lane that runs passes of up to ``max_tokens`` tokens, on any of these SM counts.
+
+        Parts of a pass may run side by side on two of them.
+        """
         c = self.config
         qkv_width, attention_width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim
         products = ((qkv_width, c.hidden_size), (c.hidden_size, attention_width), (c.hidden_size, c.intermediate_size))
@@ -115,31 +118,38 @@ class Model:
         out = lane.take("attended", q.shape, q)
         cache = (kv.k[index], kv.v[index], batch.block_table)
         split, num_tokens = batch.num_prefill_tokens, q.shape[0]
-        if split > 0:
-            ops.attn_prefill(
-                q[:split], *cache, batch.prefill_rows, batch.query_starts, batch.prefill_context_lens,
-                batch.max_query_len, self.attention_scale, out[:split], lane,
-            )  # fmt: skip
-        if split < num_tokens:
-            rows, lens = batch.rows[split:], batch.decode_context_lens  # [B]
-            if lane.deterministic:  # the prefill kernel on slices of one token: the same bits as when it was a prompt
+
+        def attend_prompts(lane: LaneResources) -> None:
+            if split > 0:
+                ops.attn_prefill(
+                    q[:split], *cache, batch.prefill_rows, batch.query_starts, batch.prefill_context_lens,
+                    split, self.attention_scale, out[:split], lane,
+                )  # fmt: skip
+
+        def attend_decoding(lane: LaneResources) -> None:
+            rows, lens, scale = batch.decode_rows, batch.decode_context_lens, self.attention_scale
+            if split < num_tokens and lane.deterministic:
+                # the prefill kernel on slices of one token: the same bits as when it was a prompt
                 starts = lane.take("one_each", (num_tokens - split + 1,), rows)
                 if lane.scratch is None:
                     torch.arange(num_tokens - split + 1, out=starts)
-                ops.attn_prefill(q[split:], *cache, rows, starts, lens, 1, self.attention_scale, out[split:], lane)
-            else:
-                ops.attn_decode(q[split:], *cache, rows, lens, self.attention_scale, out[split:], lane)
+                ops.attn_prefill(q[split:], *cache, rows, starts, lens, 1, scale, out[split:], lane)
+            elif split < num_tokens:
+                ops.attn_decode(q[split:], *cache, rows, lens, scale, out[split:], lane)
+
+        ops.side_by_side(lane, attend_prompts, attend_decoding)
         return out
 
     def head(
         self, batch: Batch, state: LayerState, lane: LaneResources, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits [Q, V] fp32 of the tokens at ``batch.sample_indices``, after the last layer."""
+        """Logits [Q, V] fp32 of the (first ``len(out)``) tokens at ``batch.sample_indices``, after the last layer."""
         shape = (batch.sample_indices.shape[0], self.config.vocab_size)
         out = torch.empty(shape, dtype=torch.float32, device=self.device) if out is None else out
-        if shape[0] > 0:
-            picked = lane.take("sampled", (shape[0], self.config.hidden_size), state.hidden)  # [Q, C]
-            torch.index_select(state.hidden, 0, batch.sample_indices, out=picked)
+        num_sampled = out.shape[0]
+        if num_sampled > 0:
+            picked = lane.take("sampled", (num_sampled, self.config.hidden_size), state.hidden)  # [Q, C]
+            torch.index_select(state.hidden, 0, batch.sample_indices[:num_sampled], out=picked)
             ops.logits(picked, self.weights.head, out, lane)
         return out
 

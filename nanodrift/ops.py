@@ -8,6 +8,7 @@ kernels live. Shape letters as in nanodrift/model.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ class LaneResources:
     deterministic: bool = False  # one tile shape and no splits: a token's bits depend on its own inputs alone
     scratch: Scratch | None = None  # None: allocate as needed (the CPU, tests)
     use_triton: bool | None = None  # None: on a GPU. Tests set True to run kernels in Triton's interpreter
+    halves: tuple[tuple[torch.cuda.Stream, LaneResources], ...] = ()  # of the device; () = what is here runs in turn
 
     def take(self, name: str, shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype | None = None):
         """-> memory of this shape for one use, in ``like``'s dtype and device; its content is whatever was there."""
@@ -60,6 +62,21 @@ class LaneResources:
     def is_skinny(self, num_tokens: int) -> bool:
         """True where the split-K products for few tokens are used."""
         return num_tokens <= MAX_SKINNY_TOKENS and not self.deterministic
+
+
+def side_by_side(lane: LaneResources, *parts: Callable[[LaneResources], None]) -> None:
+    """Runs the parts of a pass one after the other, or each on its half of the device where the lane has halves."""
+    if not lane.halves:
+        for part in parts:
+            part(lane)
+        return
+    here = torch.cuda.current_stream()
+    for (stream, half), part in zip(lane.halves, parts, strict=True):
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            part(half)
+    for stream, _ in lane.halves:
+        here.wait_stream(stream)
 
 
 def rmsnorm(x, weight, eps, out, lane):

@@ -7,8 +7,9 @@ with their context.
 
 SMs are all that is divided. Memory bandwidth, caches and power stay shared; see cost.py.
 
-Where green contexts are missing (old driver, no NVIDIA GPU) ``split_device`` returns no partition and the reason; the
-engine then runs whole-chip lanes.
+Where green contexts are missing (old driver) or not wanted, ``split_device`` says so and makes the same partitions of
+plain streams, decode with the higher priority: kernels still start no more programs than their half has SMs, but which
+SMs those land on is left to the hardware. That is also the baseline that green contexts have to beat.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class PartitionStreams:
 
 @dataclass
 class DeviceSplit:
-    """What was made of a device. ``reason`` says why there is nothing, where there is nothing."""
+    """What was made of a device. ``reason`` says why these are no green contexts, where they are none."""
 
     num_sms: int
     granularity_sms: int = 0
@@ -46,34 +47,53 @@ class DeviceSplit:
         return tuple(one.partition for one in self.streams)
 
 
-def split_device(device: torch.device, decode_sms: tuple[int, ...] = DECODE_SMS) -> DeviceSplit:
+def split_device(
+    device: torch.device, decode_sms: tuple[int, ...] = DECODE_SMS, green_contexts: bool = True
+) -> DeviceSplit:
     """Makes one partition for each decode SM count, given for a device of 132 SMs and scaled to this one."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     split = DeviceSplit(num_sms)
     if not decode_sms:
         split.reason = "no partitions were asked for"
         return split
+    split.granularity_sms = 8 if torch.cuda.get_device_capability(device)[0] >= 9 else 2
+    split.reason = _make_green(split, device, decode_sms) if green_contexts else "plain streams were asked for"
+    if split.reason:
+        prefill_stream, decode_stream = torch.cuda.Stream(device), torch.cuda.Stream(device, priority=-1)
+        split.streams = [
+            PartitionStreams(Partition(num_sms - count, count), prefill_stream, decode_stream)
+            for count in _counts(split, decode_sms)
+        ]
+    return split
+
+
+def _make_green(split: DeviceSplit, device: torch.device, decode_sms: tuple[int, ...]) -> str:
+    """Fills the split with halves in green contexts. Returns why that cannot be, where it cannot."""
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        split.reason = f"cuda-python is not installed ({error})"
-        return split
+        return f"cuda-python is not installed ({error})"
     if not hasattr(driver, "cuGreenCtxCreate"):
-        split.reason = "this version of cuda-python has no green contexts"
-        return split
+        return "this version of cuda-python has no green contexts"
     torch.zeros(1, device=device)  # the primary context must exist
     try:
         handle = _check(driver, driver.cuDeviceGet(device.index or 0))
         kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
         whole = _check(driver, driver.cuDeviceGetDevResource(handle, kind))
-        split.granularity_sms = _granularity(driver, whole, device)
-        wanted = {_rounded(n * num_sms / 132, split.granularity_sms) for n in decode_sms}
-        for count in sorted(n for n in wanted if n < num_sms):
+        # the step in which SMs can be split off, where this driver says it
+        split.granularity_sms = getattr(whole.sm, "smCoscheduledAlignment", 0) or split.granularity_sms
+        for count in _counts(split, decode_sms):
             split.streams.append(_make(driver, handle, whole, count, split.handles))
     except RuntimeError as error:
-        split.streams.clear()
-        split.reason = f"the driver refuses green contexts ({error})"
-    return split
+        return f"the driver refuses green contexts ({error})"
+    return ""
+
+
+def _counts(split: DeviceSplit, decode_sms: tuple[int, ...]) -> list[int]:
+    """What was asked for on 132 SMs, on this device and in the steps that it grants."""
+    step = split.granularity_sms
+    wanted = {max(step, round(n * split.num_sms / 132 / step) * step) for n in decode_sms}
+    return sorted(n for n in wanted if n < split.num_sms)
 
 
 def _make(driver, device_handle, whole, decode_sms: int, handles: list) -> PartitionStreams:
@@ -95,18 +115,6 @@ def _stream(driver, device_handle, resource, handles: list) -> tuple[torch.cuda.
     granted = _check(driver, driver.cuGreenCtxGetDevResource(context, kind)).sm.smCount
     stream = _check(driver, driver.cuGreenCtxStreamCreate(context, driver.CUstream_flags.CU_STREAM_NON_BLOCKING, 0))
     return torch.cuda.ExternalStream(int(stream)), granted
-
-
-def _granularity(driver, whole, device: torch.device) -> int:
-    """The step in which SMs can be split off: from the driver where it says, else by architecture."""
-    alignment = getattr(whole.sm, "smCoscheduledAlignment", 0)
-    if alignment:
-        return alignment
-    return 8 if torch.cuda.get_device_capability(device)[0] >= 9 else 2
-
-
-def _rounded(count: float, step: int) -> int:
-    return max(step, round(count / step) * step)
 
 
 def _check(driver, result):

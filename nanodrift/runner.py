@@ -1,74 +1,202 @@
 """Carries one lane's plan messages through the model: blocks and parameters into the rows, tokens out.
 
 What the CPU and the GPU executor share. Everything it does is stream-ordered and it never waits; it knows nothing of
-tickets, events or graphs.
+tickets, events, or how graphs come to be. Where it has a graph for a piece of work it replays that; everything else is
+launched operator by operator.
 """
 
 from __future__ import annotations
 
+from array import array
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 
 from nanodrift import ops
-from nanodrift.batch import Batch, Rows, Upload, build_batch
+from nanodrift.batch import Batch, PassShape, Rows, Upload, lay_out, num_ints, pack
 from nanodrift.model import KVPool, Model
 from nanodrift.ops import LaneResources
-from nanodrift.plan import DecodeWork, FusedWork, PrefillWork
+from nanodrift.plan import MAX_FUSED_SLICES, DecodeWork, FusedWork, Partition, PrefillWork
+
+MAX_WASTE = 1.25  # work is not padded by more than this ...
+MAX_FREE_TOKENS = 512  # ... beyond so many tokens: below, a pass takes longer to launch than to run
+
+
+class Graph(Protocol):
+    def replay(self) -> None:
+        """Enqueues what was captured on the current stream."""
+
+
+@dataclass
+class _Chunk:
+    """A token chunk whose layers are under way; what it carries from layer to layer lies in a LayerState."""
+
+    batch_id: int
+    batch: Batch
+    ints: array  # what the batch was made from
 
 
 class Runner:
     """One lane's memory (hidden state, logits, scratch) over a model, KV pool and rows that both lanes share.
 
     Decode steps run between or beside the layer chunks of a prefill, so each lane has a runner of its own. A fused step
-    runs on the prefill lane's, which is large enough for both. ``lane`` may be exchanged between two pieces of work,
-    for one of another SM count over the same scratch.
+    runs on the prefill lane's, which is large enough for both. ``lane`` and ``partition`` may be exchanged between two
+    pieces of work.
+
+    Two chunks may be open at once: the one under way, and one set aside because another passed it. Beginning a third
+    loses the one used longest ago. ``shapes`` are what work is padded to; ``graphs`` hold, for a partition and a shape,
+    one graph a layer (the key ends with the layer), or of the whole pass from token ids to logits.
     """
 
     def __init__(self, model: Model, kv: KVPool | None, rows: Rows, lane: LaneResources, max_tokens: int):
         self.model, self.kv, self.rows, self.lane = model, kv, rows, lane
+        self.partition: Partition | None = None
+        self.shapes: tuple[PassShape, ...] = ()  # small ones first
+        self.graphs: dict[tuple, Graph] = {}
         self.num_layers = model.config.num_layers
         self.state = model.new_state(max_tokens)
+        self._aside_state = model.new_state(max_tokens)
+        self._chunk: _Chunk | None = None
+        self._aside: _Chunk | None = None
+        self._decoding: tuple[tuple[int, ...], Batch] | None = None  # rows of the last decode step, and its batch
         device = rows.block_table.device
-        vocab_size = model.config.vocab_size
-        self.logits = torch.empty(rows.num_rows, vocab_size, dtype=torch.float32, device=device)  # [num_rows, V]
-        self.chunk: Batch | None = None  # the token chunk whose layers are under way
+        most_sampled = rows.num_rows + MAX_FUSED_SLICES
+        self._ints = torch.zeros(
+            num_ints(PassShape(max_tokens, rows.num_rows, rows.num_rows, most_sampled)),
+            dtype=torch.int32,
+            device=device,
+        )  # the metadata of the pass under way: at fixed addresses, as graphs want it
+        self.logits = torch.empty(most_sampled, model.config.vocab_size, dtype=torch.float32, device=device)  # [Q, V]
+
+    # ---- work --------------------------------------------------------------------------------------------------
 
     def prefill(self, work: PrefillWork, upload: Upload) -> torch.Tensor | None:
         """Runs layers [first, last) of a chunk; its last piece returns the sampled tokens [Q] int32."""
         if work.first_layer == 0:
+            self._set_aside()
             self.rows.assign_blocks(work.new_blocks, upload)
-            self.chunk = build_batch(self.rows, work, None, upload)
-            self.model.embed(self.chunk, self.state, self.lane)
-        self.model.run_layers(self.chunk, self.state, self.kv, work.first_layer, work.last_layer, self.lane)
-        return self._finish(self.chunk, work, None, upload) if work.is_last else None
+            batch, ints = self._enter(work, None, upload)
+            self._chunk = _Chunk(work.batch_id, batch, ints)
+            self.model.embed(batch, self.state, self.lane)
+        elif self._chunk is None or self._chunk.batch_id != work.batch_id:
+            self._exchange()
+            if self._chunk is None or self._chunk.batch_id != work.batch_id:
+                raise RuntimeError(f"chunk {work.batch_id} is not open: it never began, it ended, or two began since")
+            upload(self._chunk.ints, self._ints)
+        batch = self._chunk.batch
+        for layer in range(work.first_layer, work.last_layer):
+            graph = self.graphs.get((self.partition, batch.shape, layer))
+            if graph is not None:
+                graph.replay()
+            else:
+                self.run_layer(batch, layer)
+        if not work.is_last:
+            return None
+        self._chunk = None
+        if work.sampled_ids:
+            self.model.head(batch, self.state, self.lane, out=self.logits[: len(work.sampled_ids)])
+        return self._draw(batch, work, None, upload)
 
     def decode(self, work: DecodeWork, upload: Upload) -> torch.Tensor:
-        """One step, launched operator by operator. Returns the tokens [B] int32."""
+        """One step. Returns the tokens [B] int32."""
         self.rows.assign_blocks(work.new_blocks, upload)
-        return self._run(build_batch(self.rows, None, work, upload), None, work, upload)
+        if self._decoding is None or self._decoding[0] != work.rows:  # else the last step left all as this one needs it
+            self._decoding = work.rows, self._enter(None, work, upload)[0]
+        batch = self._decoding[1]
+        self._run(batch)
+        return self._draw(batch, None, work, upload)
 
-    def fused(self, work: FusedWork, upload: Upload) -> torch.Tensor | None:
+    def fused(self, work: FusedWork, upload: Upload) -> torch.Tensor:
         """A prefill chunk and a decode step in one pass: tokens of the prompts that end, then of the decoding rows."""
+        self._set_aside()
         self.rows.assign_blocks(work.prefill.new_blocks + work.decode.new_blocks, upload)
-        batch = build_batch(self.rows, work.prefill, work.decode, upload)
-        return self._run(batch, work.prefill, work.decode, upload)
+        batch, _ = self._enter(work.prefill, work.decode, upload)
+        self._run(batch)
+        return self._draw(batch, work.prefill, work.decode, upload)
 
-    def _run(self, batch: Batch, prefill: PrefillWork | None, decode: DecodeWork, upload: Upload) -> torch.Tensor:
+    def compute(self, batch: Batch, num_layers: int | None = None) -> None:
+        """A whole pass (or its first layers, to warm up), from the rows' tokens to the first Q rows of ``logits``."""
+        if batch.shape.num_decoding > 0:
+            self.rows.advance(batch)
         self.model.embed(batch, self.state, self.lane)
-        self.model.run_layers(batch, self.state, self.kv, 0, self.num_layers, self.lane)
-        return self._finish(batch, prefill, decode, upload)
+        self.model.run_layers(batch, self.state, self.kv, 0, num_layers or self.num_layers, self.lane)
+        self.model.head(batch, self.state, self.lane, out=self.logits[: batch.shape.num_sampled])
 
-    def _finish(
+    def run_layer(self, batch: Batch, layer: int) -> None:
+        self.model.run_layers(batch, self.state, self.kv, layer, layer + 1, self.lane)
+
+    def _run(self, batch: Batch) -> None:
+        graph = self.graphs.get((self.partition, batch.shape))
+        if graph is not None:
+            graph.replay()
+        else:
+            self.compute(batch)
+
+    def batch_of(self, shape: PassShape) -> Batch:
+        """Where the metadata of every pass of this shape lies."""
+        return lay_out(self.rows, shape, self._ints)
+
+    def padding(self, shape: PassShape, upload: Upload) -> Batch:
+        """A pass that holds nothing."""
+        upload(pack(self.rows, None, None, shape), self._ints)
+        return self.batch_of(shape)
+
+    # ---- chunks ------------------------------------------------------------------------------------------------
+
+    def _enter(self, prefill: PrefillWork | None, decode: DecodeWork | None, upload: Upload) -> tuple[Batch, array]:
+        shape = self._shape_for(PassShape.of(prefill, decode))
+        ints = pack(self.rows, prefill, decode, shape)
+        upload(ints, self._ints)
+        return self.batch_of(shape), ints
+
+    def _shape_for(self, needed: PassShape) -> PassShape:
+        """The smallest of ``shapes`` that has room without too much waste, else just what is needed."""
+        for shape in self.shapes:
+            if (shape.num_decoding > 0) == (needed.num_decoding > 0) and all(
+                room >= need for room, need in zip(shape, needed, strict=True)
+            ):
+                most_tokens = max(MAX_FREE_TOKENS, MAX_WASTE * needed.num_tokens)
+                is_wasteful = needed.num_prefill_tokens > 0 and shape.num_tokens > most_tokens
+                return needed if is_wasteful else shape
+        return needed
+
+    def _set_aside(self) -> None:
+        """Makes room for another pass: a chunk that is under way keeps what it carries."""
+        self._decoding = None
+        if self._chunk is not None:
+            self._exchange()
+            self._chunk = None
+
+    def _exchange(self) -> None:
+        """The chunk under way for the one set aside. By copies, since graphs know the state by its address."""
+        self._chunk, self._aside = self._aside, self._chunk
+        num_tokens = max(chunk.batch.num_tokens for chunk in (self._chunk, self._aside) if chunk is not None)
+        for name in ("hidden", "residual"):
+            here, there = (getattr(state, name)[:num_tokens] for state in (self.state, self._aside_state))
+            between = self.lane.take("gated", here.shape, here)  # dead at layer boundaries, and never narrower
+            between.copy_(here)
+            here.copy_(there)
+            there.copy_(between)
+
+    # ---- sampling ----------------------------------------------------------------------------------------------
+
+    def _draw(
         self, batch: Batch, prefill: PrefillWork | None, decode: DecodeWork | None, upload: Upload
     ) -> torch.Tensor | None:
+        """Tokens from the first rows of ``logits``: of the prompts that end, then of the decoding rows."""
         ended = [s for s in prefill.slices if s.params is not None] if prefill else []
         self.rows.set_params([(s.row, s.params) for s in ended], upload)
-        num_sampled = batch.sample_indices.shape[0]
-        if num_sampled == 0:
+        num = len(ended) + (len(decode.rows) if decode else 0)
+        if num == 0:
             return None
-        logits = self.model.head(batch, self.state, self.lane, out=self.logits[:num_sampled])
         has_filter = any(s.params.has_filter for s in ended) or (decode is not None and decode.has_filter)
         has_ban = any(s.params.min_position > s.end for s in ended) or (decode is not None and decode.has_ban)
-        return self.sample(logits, batch.sample_rows, batch.sample_positions, has_filter, has_ban)
+        if prefill is None:  # of rows that decode again and again, the device alone knows the positions
+            rows, positions = batch.decode_rows, batch.positions
+        else:
+            rows, positions = batch.sample_rows, batch.sample_positions
+        return self.sample(self.logits[:num], rows[:num], positions[:num], has_filter, has_ban)
 
     def sample(
         self,

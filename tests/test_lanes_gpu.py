@@ -14,7 +14,7 @@ from nanodrift.config import ModelConfig
 from nanodrift.gpu import GpuExecutor
 from nanodrift.kvcache import blocks_for
 from nanodrift.model import Model
-from nanodrift.plan import DecodeWork, FusedWork, NewBlocks, PrefillSlice, PrefillWork, RowParams
+from nanodrift.plan import DecodeWork, FusedWork, Lane, NewBlocks, PrefillSlice, PrefillWork, RowParams
 from nanodrift.weights import dummy_weights
 
 pytestmark = pytest.mark.gpu
@@ -141,11 +141,112 @@ def test_a_fused_step_gives_the_same_bits(executor):
     assert tokens["r3"] == serial["r3"][:2]
 
 
+PIECES = (  # batch id, rows, prompt tokens, first layer, last layer; None: a fused step
+    (100, (20, 21), PROMPT // 2, 0, 9),
+    (101, (22,), 200, 0, 5),  # passes the long one ...
+    (101, (22,), 200, 5, 32),
+    (100, (20, 21), PROMPT // 2, 9, 10),  # ... which goes on
+    (100, (20, 21), PROMPT // 2, 10, 31),
+    (102, (23, 24), 30, 0, 32),  # so does a chunk in its last layer
+    (100, (20, 21), PROMPT // 2, 31, 32),
+    (103, (25, 26, 27), 40, None, None),
+    (104, (28,), 500, 0, 16),
+    (105, (29,), 60, None, None),  # a fused step beside a chunk that waits
+    (104, (28,), 500, 16, 32),
+    (106, (30,), 1100, None, None),  # larger than any graph
+)
+
+
+def serial_pieces(executor):
+    start_decoding(executor)
+    whole, done, number = executor.partitions[0], [], 0
+    for batch_id, rows, length in dict.fromkeys((p[0], p[1], p[2]) for p in PIECES):
+        executor.launch(chunk(batch_id, rows, length, 0, 32), whole)
+        done += drain(executor)
+    for number in range(2 * len(PIECES)):
+        executor.launch(step(number), whole)
+        done += drain(executor)
+    return collect(done)
+
+
+def pieces_beside_decode(executor, choose):
+    """Every piece beside two decode steps, in the partition that ``choose(piece number)`` names.
+
+    Each lane is two launches ahead of the host, as the scheduler has it.
+    """
+    start_decoding(executor)
+    number, done = 0, []
+    for i, (batch_id, rows, length, first, last) in enumerate(PIECES):
+        partition = choose(i)
+        executor.launch(step(number), partition)
+        if first is None:
+            executor.launch(FusedWork(chunk(batch_id, rows, length, 0, 32), step(number + 1)), partition)
+        else:
+            executor.launch(chunk(batch_id, rows, length, first, last), partition)
+            executor.launch(step(number + 1), partition)
+        number += 2
+        while max(map(len, executor._in_flight.values())) > 2:
+            done += executor.wait(None)
+    return collect(done + drain(executor))
+
+
+def test_modes_partitions_and_waiting_chunks_change_no_bit(executor):
+    """Both phases in every partition, chunks that pass each other, fused steps in sequence and side by side."""
+    serial = serial_pieces(executor)
+    assert len(serial["r0"]) == 2 * len(PIECES)
+    assert all(len(serial[f"r{row}"]) == 1 for row in range(20, 31))
+    for partition in executor.partitions:
+        assert pieces_beside_decode(executor, lambda i, p=partition: p) == serial, partition
+    for stride in (1, 3):
+        changing = pieces_beside_decode(executor, lambda i, s=stride: executor.partitions[(i * s + 1) % 4])
+        assert changing == serial
+
+
+def test_a_missing_wait_is_noticed(executor, monkeypatch):
+    """A chunk whose second half does not wait for its first, in another partition, gives other tokens."""
+
+    def halves():
+        for first, partition in ((0, executor.partitions[1]), (16, executor.partitions[3])):
+            executor.launch(chunk(100, (20, 21), PROMPT // 2, first, first + 16), partition)
+        return collect(drain(executor))
+
+    expected = halves()
+    assert halves() == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "_wait_for_sms", lambda *args: None)
+        assert halves() != expected
+    drain(executor)
+    assert halves() == expected
+
+
+def test_completions_say_how_long_the_device_worked(executor):
+    start_decoding(executor)
+    started_s, done = time.perf_counter(), []
+    for number in range(20):
+        executor.launch(step(number), executor.partitions[0])
+        while len(executor._in_flight[Lane.DECODE]) > 2:
+            done += executor.wait(None)
+    done += drain(executor)
+    wall_s = time.perf_counter() - started_s
+    assert len(done) == 20
+    assert all(0 < completion.busy_s < wall_s for completion in done)
+    assert sum(completion.busy_s for completion in done) < wall_s, "one stream works on one step at a time"
+    assert sum(completion.busy_s for completion in done) > 0.8 * wall_s, "it works all the time"
+
+
+def test_nothing_is_compiled_or_allocated_once_the_executor_is_ready(executor):
+    """Last of all that ran before: every test above."""
+    counters = executor.counters()
+    print(counters)
+    assert counters["num_compilations"] == 0
+    assert counters["num_cuda_mallocs"] == 0
+    assert counters["num_graphs"] > 1000
+
+
 def test_two_lanes_overlap_in_time(executor):
     """Alone and together on the same SMs: together must take clearly less than one after the other."""
 
     def seconds(num_chunks, num_steps, partition):
-        torch.cuda.synchronize()
         started_s = time.perf_counter()
         for i in range(max(num_chunks, num_steps)):
             if i < num_steps:

@@ -6,7 +6,7 @@ import functools
 import torch
 import transformers
 
-from nanodrift.batch import Rows, build_batch
+from nanodrift.batch import PassShape, Rows, lay_out, pack
 from nanodrift.config import ModelConfig
 from nanodrift.model import KVPool
 from nanodrift.ops import LaneResources
@@ -116,12 +116,14 @@ class Driver:
             self.rows.last_token[row] = token
         rows = tuple(row if row >= 0 else self.rows.spare_row for row, _, _ in decode)
         positions = tuple(position for _, _, position in decode)
-        batch = build_batch(
-            self.rows, work, DecodeWork(("",) * len(rows), rows, positions) if rows else None, self.upload
-        )
+        step = DecodeWork(("",) * len(rows), rows, positions) if rows else None
+        shape = PassShape.of(work, step)
+        batch = lay_out(self.rows, shape, self.upload(pack(self.rows, work, step, shape)))
+        batch.token_ids[batch.num_prefill_tokens :] = self.rows.last_token[batch.gather_rows.long()]
         for place, (row, _, _) in enumerate(decode, batch.num_prefill_tokens):
             if row < 0:
                 batch.rows[place], batch.positions[place] = -1, 0
+                batch.decode_rows[place - batch.num_prefill_tokens] = -1
                 batch.decode_context_lens[place - batch.num_prefill_tokens] = 0
         return batch
 
