@@ -27,7 +27,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from statistics import median
 
 from nanodrift.config import ConfigError, ModelConfig
 from nanodrift.plan import Completion, DecodeWork, FusedWork, Lane, PrefillSlice, PrefillWork, Work
@@ -321,11 +320,13 @@ class Cell:
         """Whether two pieces of work share the device here."""
         return not self.is_fused and self.log_batch > 0 and self.log_prefill > 0
 
+    def is_like(self, other: Cell) -> bool:
+        return (self.is_fused, self.is_beside) == (other.is_fused, other.is_beside)
+
     def is_near(self, other: Cell) -> bool:
         steps = abs(self.decode_sms - other.decode_sms) / 16, self.log_batch - other.log_batch
         steps += self.log_context - other.log_context, self.log_prefill - other.log_prefill
-        is_like = (self.is_fused, self.is_beside) == (other.is_fused, other.is_beside)
-        return is_like and max(map(abs, steps)) <= 1
+        return max(map(abs, steps)) <= 1
 
 
 @dataclass
@@ -341,8 +342,8 @@ class Factor:
 class Guard:
     """Factors by lane and cell, corrected by every step that is seen. A fused step stands under the decode lane.
 
-    A cell never seen takes the worst seen neighbour, or the prior. ``worst`` follows a slower step at once and forgives
-    slowly, never below the mean times ``floor``.
+    A cell never seen takes the worst seen neighbour, else the worst seen on as many SMs, else the prior. ``worst``
+    follows a slower step at once and forgives slowly, never below the mean times ``floor``.
     """
 
     prior_mean: float = 1.12  # beside the other lane
@@ -356,12 +357,10 @@ class Guard:
 
     @classmethod
     def of(cls, profile: Profile) -> Guard:
-        """Starts from what calibration measured; between its cells, from the worst of them."""
+        """Starts from what calibration measured."""
         guard = cls()
         for lane, *cell, mean, worst, num_samples in profile.factors:
             guard.factors[Lane(lane), Cell(*cell)] = Factor(mean, worst, num_samples)
-        if beside := [factor for (_, cell), factor in guard.factors.items() if cell.is_beside]:
-            guard.prior_mean, guard.prior_worst = median(f.mean for f in beside), max(f.worst for f in beside)
         return guard
 
     def factor(self, lane: Lane, cell: Cell) -> Factor:
@@ -371,7 +370,9 @@ class Guard:
         return known
 
     def _infer(self, lane: Lane, cell: Cell) -> Factor:
-        if near := [f for (of, other), f in self.factors.items() if of is lane and cell.is_near(other)]:
+        like = [(other, f) for (of, other), f in self.factors.items() if of is lane and cell.is_like(other)]
+        near = [f for other, f in like if cell.is_near(other)]
+        if near := near or [f for other, f in like if other.decode_sms == cell.decode_sms]:
             return Factor(max(f.mean for f in near), max(f.worst for f in near))
         return Factor(self.prior_mean, self.prior_worst) if cell.is_beside else Factor(1.0, self.alone_worst)
 
@@ -426,12 +427,8 @@ class Observer:
         found = {}
         for kind, seen in sorted(self.seen.items()):
             errors, guarded = [abs(mean - 1) for mean, _ in seen], [worst for _, worst in seen]
-            found[kind] = {
-                "num_steps": len(seen),
-                "error_p50": _quantile(errors, 0.5),
-                "error_p95": _quantile(errors, 0.95),
-            }
-            found[kind] |= {"violations": sum(ratio < 1 for ratio in guarded) / len(seen)}
+            found[kind] = {"num_steps": len(seen), "violations": sum(ratio < 1 for ratio in guarded) / len(seen)}
+            found[kind] |= {"error_p50": _quantile(errors, 0.5), "error_p95": _quantile(errors, 0.95)}
             found[kind] |= {"guarded_over_actual": _quantile(guarded, 0.5)}
         return found
 

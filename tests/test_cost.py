@@ -183,7 +183,8 @@ def test_the_guard_starts_from_the_profile():
     assert guard.factor(Lane.DECODE, Cell(32, 5, 7, 6)).worst == 1.3
     assert guard.factor(Lane.DECODE, Cell(48, 5, 7, 6)).worst == 1.4, "the worst measured neighbour"
     assert guard.factor(Lane.DECODE, Cell(48, 5, 7, 6)).num_samples == 0, "marked as inferred"
-    assert guard.factor(Lane.DECODE, Cell(32, 9, 9, 6)).worst == 1.4, "far from everything: the worst of all"
+    assert guard.factor(Lane.DECODE, Cell(32, 9, 9, 6)).worst == 1.3, "far from everything: the worst on 32 SMs"
+    assert guard.factor(Lane.DECODE, Cell(128, 5, 7, 6)).worst == guard.prior_worst
     assert guard.factor(Lane.DECODE, Cell(32, 5, 7, 0)).mean == 1.0, "alone"
 
 

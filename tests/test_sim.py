@@ -156,8 +156,10 @@ def test_the_guard_learns_forgives_and_borrows():
     guard.observe(Lane.DECODE, cell, 1.0, 1.6)
     assert guard.factor(Lane.DECODE, cell).worst == 1.6
     near = Cell(cell.decode_sms + 16, cell.log_batch, cell.log_context, cell.log_prefill)
-    far = Cell(cell.decode_sms, cell.log_batch + 3, cell.log_context, cell.log_prefill)
+    busier = Cell(cell.decode_sms, cell.log_batch + 3, cell.log_context, cell.log_prefill)
+    far = Cell(cell.decode_sms + 48, cell.log_batch, cell.log_context, cell.log_prefill)
     assert guard.factor(Lane.DECODE, near).worst == 1.6
+    assert guard.factor(Lane.DECODE, busier).worst == 1.6, "no neighbour, but as many SMs"
     assert guard.factor(Lane.DECODE, far).worst == guard.prior_worst
     assert guard.factor(Lane.PREFILL, cell).worst == guard.prior_worst
 

@@ -34,7 +34,8 @@ from nanodrift.config import ConfigError, ModelConfig
 from nanodrift.cost import SHAPE, Cell, CostModel, Curve, DecodeLoad, Guard, Observer, PrefillLoad, Profile, h200_prior
 from nanodrift.plan import Lane, Partition
 
-WINDOW_S, QUICK_WINDOW_S = 1.5, 0.4
+WINDOW_S, QUICK_WINDOW_S = 1.6, 0.4
+HOST_BOUND = 1.15  # a chunk that takes less than this over its launches was waiting for the host
 K = 1024
 
 
@@ -75,7 +76,7 @@ def measure(driver: Driver, wanted: list[Shape], window_s: float, console: Conso
         for shape in wanted:
             if driver.has_room(shape):
                 window = driver.run(shape, window_s)
-                if window.stretches:
+                if window.is_enough:
                     rows.append(window.summary(driver.num_layers))
             progress.advance(task)
     return rows
@@ -91,7 +92,6 @@ def fit(rows: list[dict], config: ModelConfig, num_sms: int, about: dict) -> Pro
     itemsize = 2
     model = CostModel(config, h200_prior(), itemsize)  # for what depends on the model's shape alone
     kv_bytes, head_share = config.num_kv_values_per_token * itemsize, model._head_share
-    flops_per_pair = 4 * config.num_heads * config.head_dim * config.num_layers
 
     kv_s = {sms: _slope(of, lambda r: (r["batch"], r["context_tokens"], r["step_ms"]["p50"] / 1e3))
             for sms, of in _by(decode, "decode_sms").items()}  # fmt: skip
@@ -101,21 +101,29 @@ def fit(rows: list[dict], config: ModelConfig, num_sms: int, about: dict) -> Pro
             step_s = row["step_ms"]["p50"] / 1e3 - kv_s[sms] * row["context_tokens"]
             passes[row["batch"]][sms] = step_s / (1 + head_share)
 
-    causal, prefix = {}, {}  # FLOP/s, by SMs
-    for sms, of in _by(prefill, "prefill_sms").items():
-        seconds = {tuple(map(tuple, row["prompts"])): row["chunk_ms"]["p50"] / 1e3 for row in of}
-        one_s = passes[1].get(sms) or _rate(passes[1]).at(sms) ** -1
-        many, single, late = ((128, 0),) * 16, ((2 * K, 0),), ((2 * K, 6 * K),)
-        head_s = head_share * one_s
-        pairs = (2 * K) ** 2 / 2
-        if many in seconds:
-            causal[sms] = flops_per_pair * pairs * (15 / 16) / max(seconds[single] - seconds[many], 1e-9)
-        if late in seconds:
-            prefix[sms] = flops_per_pair * 2 * K * 6 * K / max(seconds[late] - seconds[single], 1e-9)
-        for (n, _), chunk_s in ((shape[0], s) for shape, s in seconds.items() if len(shape) == 1 and shape[0][1] == 0):
-            attention_s = _attention_s(n, sms, causal[sms], flops_per_pair, config)
-            if n not in passes or sms not in passes[n]:
-                passes[n][sms] = chunk_s - head_s - attention_s
+    flops_per_pair = 4 * config.num_heads * config.head_dim * config.num_layers
+    seen = {  # a chunk's seconds without its head, by SMs and prompts
+        (row["prefill_sms"], tuple(map(tuple, row["prompts"]))): row["chunk_ms"]["p50"] / 1e3
+        - head_share / _rate(passes[1]).at(row["prefill_sms"])
+        for row in prefill
+        if row["chunk_ms"]["p50"] > HOST_BOUND * row["host_ms_per_layer"] * row["layers"]  # else the host was timed
+    }
+    # Attention slows with the clock as products do, so it is one share of their rate: the difference of two windows
+    # says little on its own.
+    many, whole, late = ((128, 0),) * 16, ((2 * K, 0),), ((2 * K, 6 * K),)
+    causal, prefix = [], []
+    for sms in sorted({sms for sms, _ in seen}):
+        many_s, whole_s, late_s = (seen.get((sms, prompts), 0.0) for prompts in (many, whole, late))
+        causal.append(flops_per_pair * (2 * K) ** 2 / 2 * 15 / 16 / max(whole_s - many_s, 1e-9) * many_s)
+        prefix.append(flops_per_pair * 2 * K * 6 * K / max(late_s - whole_s, 1e-9) * many_s)
+    causal = {sms: median(causal) / s for (sms, prompts), s in seen.items() if prompts == many}
+    prefix = {sms: median(prefix) / s for (sms, prompts), s in seen.items() if prompts == many}
+    for (sms, prompts), chunk_s in seen.items():
+        (n, start), *others = prompts
+        if start == 0 and not others and sms not in passes[n]:
+            passes[n][sms] = chunk_s - n * n / 2 * flops_per_pair / causal[sms] * max(
+                1, sms * 128 / config.num_heads / n
+            )
     passes = {n: of for n, of in sorted(passes.items()) if num_sms in of}
     host_s = [row["host_ms_per_layer"] / 1e3 for row in prefill if row["prompts"][0][0] == 256]
     prior = h200_prior()
@@ -138,11 +146,6 @@ def fit(rows: list[dict], config: ModelConfig, num_sms: int, about: dict) -> Pro
     )
     profile = _fit_fused(profile, config, [row for row in rows if row["fused"]])
     return replace(profile, factors=factors(CostModel(config, profile), rows))
-
-
-def _attention_s(n: int, sms: int, rate: float, flops_per_pair: float, config: ModelConfig) -> float:
-    idle = max(1.0, sms * 128 / config.num_heads / n)
-    return n * n / 2 * flops_per_pair / rate * idle
 
 
 def _fit_fused(profile: Profile, config: ModelConfig, rows: list[dict]) -> Profile:
@@ -274,7 +277,7 @@ def check(driver: Driver, profile: Profile, config: ModelConfig, num: int, windo
         window = driver.run(shape, window_s)
         for completion in sorted((c for s in window.stretches for c in s), key=lambda c: c.finished_s):
             observer.observe(completion)
-        if window.stretches:
+        if window.is_enough:
             windows.append(window.summary(driver.num_layers))
     return {"kinds": observer.report(), "num_windows": len(windows), "window_s": window_s, "windows": windows}
 
@@ -318,7 +321,7 @@ def open_device(options: argparse.Namespace, green_contexts: bool = True) -> tup
         max_model_len=max_model_len,
         max_prefill_tokens=2048,
         decode_sms=DECODE_SMS,
-        green_contexts=green_contexts,
+        **({} if green_contexts else {"green_contexts": False}),
     )
     kv = executor._runners[Lane.DECODE].kv
     for cache in (*kv.k, *kv.v):

@@ -77,6 +77,10 @@ class Window:
     def busy(self, lane: Lane) -> list[Completion]:
         return [c for stretch in self.stretches for c in stretch[2:] if c.ticket.work.lanes[-1] is lane]
 
+    @property
+    def is_enough(self) -> bool:
+        return all(len(self.gaps(lane)) > 1 for lane in self.shape.lanes)
+
     def summary(self, num_layers: int) -> dict:
         """One row of a result file: the shape, milliseconds of its steps, rates, and what the device drew."""
         shape, partition, row = self.shape, self.shape.partition, {}
@@ -126,7 +130,7 @@ class Driver:
         with power or contextlib.nullcontext():
             started_s = clock.now()
             until_s, settled_s = started_s + seconds, started_s + seconds / 3
-            while clock.now() < until_s:
+            while clock.now() < until_s or (not window.is_enough and clock.now() < started_s + 4 * seconds):
                 stretch = self._stretch(shape, until_s, window.host_s)
                 settled = [c for c in stretch if c.finished_s - c.busy_s >= settled_s]
                 if len(settled) > 4:
