@@ -1,10 +1,12 @@
 """``bench.py sweep``: paired points that survive a cut, a batch that is held, policies exchanged on one engine."""
 
+import csv
 import json
 
 import pytest
+from rich.console import Console
 
-from nanodrift.bench import sweep, workloads
+from nanodrift.bench import figures, plots, sweep, workloads
 from nanodrift.bench.arrivals import drawn
 from nanodrift.bench.load import CUT_OFF, LEAD_S, run_workload
 from nanodrift.bench.policies import parse, parse_all
@@ -108,6 +110,22 @@ def test_a_policy_that_sees_no_promise_runs_once_and_is_judged_by_each(tmp_path)
     assert tight["slo_attainment_tbt"] < loose["slo_attainment_tbt"]
     assert points["mux", 10.0]["p99_tbt_ms"] < points["mux", 150.0]["p99_tbt_ms"]
     assert not points["mux", 10.0]["judged_only"]
+
+
+@pytest.mark.parametrize("kind", ["cdf", "attainment", "scale", "pareto", "goodput"])
+def test_a_figure_of_a_sweep_says_what_it_shows(tmp_path, kind):
+    assert run(tmp_path / "s", "--slo-tbt-ms", "20,150", "--seeds", "2") == 0
+    written = plots.draw(kind, [tmp_path / "s"], tmp_path / kind, Console(quiet=True), tbt_ms=20.0)
+    assert [path.suffix for path in written] == [".csv", ".png", ".svg"]
+    picture = written[2].read_text()
+    assert "SIMULATED" in picture and "TBT 20 ms" in picture and "mux" in picture and "turns" in picture
+    rows = list(csv.DictReader(written[0].open()))
+    assert {row["label"] for row in rows} == {"mux", "turns"}
+    if kind == "scale":  # looser promises are never kept less often
+        shares = [float(row["slo_attainment"]) for row in rows[: len(figures.SCALES)]]
+        assert shares == sorted(shares) and len(set(shares)) > 1
+        point = lines_of(tmp_path / "s")[0]
+        assert shares[figures.SCALES.index(1.0)] == point["slo_attainment"], "judged anew, it is what it was"
 
 
 # --- loads -----------------------------------------------------------------------------------------------------------

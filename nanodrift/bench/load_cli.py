@@ -60,8 +60,10 @@ def add_modes(modes, about: argparse.ArgumentParser, common: argparse.ArgumentPa
     compare.add_argument("a", metavar="A.json", help="one file, or several seeds: A1.json,A2.json")
     compare.add_argument("b", metavar="B.json")
     plot = modes.add_parser("plot", help="figures from result files")
-    plot.add_argument("kind", choices=("cdf", "attainment"))
-    plot.add_argument("files", nargs="+", type=Path, metavar="RUN.json")
+    plot.add_argument("kind", choices=("cdf", "attainment", "scale", "pareto", "goodput"))
+    plot.add_argument("files", nargs="+", type=Path, metavar="RUN.json|DIR", help="a result, or the folder of a sweep")
+    plot.add_argument("--rate", metavar="R", help="of a sweep: its points at this rate")
+    plot.add_argument("--tbt-ms", type=positive, metavar="MS", help="of a sweep: its points under this promise")
     plot.add_argument("--to", type=Path, metavar="PREFIX", help="PREFIX.png, .svg, .csv; default: beside the file")
 
 
@@ -78,7 +80,9 @@ def main(mode: str, options: dict, console: Console) -> int:
     elif mode == "plot":
         from nanodrift.bench import plots
 
-        written = plots.draw(options["kind"], options["files"], options["to"], console)
+        written = plots.draw(
+            *(options[key] for key in ("kind", "files", "to")), console, options["rate"], options["tbt_ms"]
+        )
         result = {"written": [str(path) for path in written]}
     else:
         result = put_load(mode, options, console) | dict(options.get("metadata", ()))

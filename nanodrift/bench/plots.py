@@ -1,7 +1,14 @@
-"""Figures from result files: CDFs of TTFT and TBT, attainment against rate. PNG, SVG, and always the CSV behind them.
+"""Figures from result files: PNG, SVG, and always the CSV behind them.
 
-Colours are told apart by colour-blind eyes (Okabe and Ito), lines also by their dashes; the caption carries what was
-measured, on what. Needs matplotlib for the pictures only.
+    cdf          TTFT and TBT of each run, with the SLO
+    attainment   share of good requests against rate: both promises, TTFT alone, TBT alone, with the 90 and 99% lines
+    scale        the same runs judged by both SLOs times a factor (figures.py)
+    pareto       output tokens per second against P99 TBT, a line a policy (figures.py)
+    goodput      highest rate with 90% and 99% good, a bar a policy, simulated ones hollow (figures.py)
+
+A file is a result of bench.py, or the folder of a sweep: then a policy is a label. Colours are told apart by
+colour-blind eyes (Okabe and Ito), lines also by their dashes; the caption carries what was measured, on what. Needs
+matplotlib for the pictures only.
 """
 
 from __future__ import annotations
@@ -9,6 +16,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from textwrap import wrap
 
 from rich.console import Console
 
@@ -23,15 +31,32 @@ SHARES = (  # of all issued requests
 HELP = "no picture without matplotlib: pip install 'nanodrift[plots]' (the CSV is written all the same)"
 
 
-def draw(kind: str, files: list[Path], prefix: Path | None, console: Console) -> list[Path]:
-    """Writes PREFIX.csv, .png and .svg, and returns what was written. Raises ValueError if data is missing."""
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}")
-    results = [json.loads(path.read_text()) for path in files]
+def draw(
+    kind: str,
+    files: list[Path],
+    prefix: Path | None,
+    console: Console,
+    rate: str | None = None,
+    tbt_ms: float | None = None,
+) -> list[Path]:
+    """Writes PREFIX.csv, .png and .svg, and returns what was written. Raises ValueError if data is missing.
+
+    ``rate`` (as it was written) and ``tbt_ms`` pick points out of a sweep.
+    """
+    from nanodrift.bench import figures
+
+    makers = {"cdf": (cdf_rows, draw_cdf), "attainment": (attainment_rows, draw_attainment), **figures.MAKERS}
+    rows_of, draw_rows = makers[kind]
+    results = [
+        result for path in files for result in read(path, "requests.jsonl" if kind == "scale" else "points.jsonl")
+    ]
+    results = [r for r in results if (rate is None or r.get("rate", rate) == rate)
+               and (tbt_ms is None or r["slo"]["tbt_ms"] == tbt_ms)]  # fmt: skip
+    if not results:
+        raise ValueError(f"nothing in {', '.join(map(str, files))} is of that rate and TBT")
     prefix = prefix or files[0].with_name(f"{files[0].stem}-{kind}")
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    rows = {"cdf": cdf_rows, "attainment": attainment_rows}[kind](results, label_of(files, results))
+    rows = rows_of(results, label_of(results))
     written = [prefix.with_name(f"{prefix.name}.csv")]
     with written[0].open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -49,8 +74,12 @@ def draw(kind: str, files: list[Path], prefix: Path | None, console: Console) ->
              "axes.edgecolor": FAINT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
              "svg.hashsalt": "nanodrift", "svg.fonttype": "none", "savefig.dpi": 160}  # fmt: skip
     with pyplot.rc_context(style):
-        figure = {"cdf": draw_cdf, "attainment": draw_attainment}[kind](pyplot, rows, results)
-        figure.text(0.01, 0.01, caption(results), fontsize=7, color=FAINT, va="bottom")
+        figure = draw_rows(pyplot, rows, results)
+        lines = [
+            part for line in caption(results).split("\n") for part in wrap(line, round(19 * figure.get_figwidth()))
+        ]
+        figure.tight_layout(rect=(0, 0.02 + 0.036 * len(lines), 1, 1))
+        figure.text(0.01, 0.01, "\n".join(lines), fontsize=7, color=FAINT, va="bottom")
         for suffix in ("png", "svg"):
             path = prefix.with_name(f"{prefix.name}.{suffix}")
             figure.savefig(path, metadata={"Date": None} if suffix == "svg" else None)
@@ -59,9 +88,34 @@ def draw(kind: str, files: list[Path], prefix: Path | None, console: Console) ->
     return written
 
 
-def label_of(files: list[Path], results: list[dict]) -> list[str]:
-    """A result's own label, else its file's name; several of one label are one curve of an attainment figure."""
-    return [result.get("label") or path.stem for path, result in zip(files, results, strict=True)]
+def read(path: Path, of_sweep: str) -> list[dict]:
+    """The results in a file; of a sweep's folder the points in its file ``of_sweep``, each with all conditions."""
+    if path.is_dir():
+        about = json.loads((path / "sweep.json").read_text())
+        shared = {key: about.get(key) for key in ("gpu", "cpu", "model_id", "torch", "git", "workload", "benchmark")}
+        shared |= {
+            "simulated": about.get("simulated", False),
+            "seeds": len({c["seed"] for c in about["missing"]}) or None,
+        }
+        points = [json.loads(line) for line in (path / of_sweep).read_text().splitlines()]
+        return [shared | point | {"label": point["policy"]} for point in points]
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    result = json.loads(path.read_text())
+    if "policies" not in result:
+        return [{"label": path.stem, **{k: v for k, v in result.items() if k != "label" or v}}]
+    shared = {key: value for key, value in result.items() if key != "policies"}
+    return [shared | found | {"label": found["policy"]} for found in result["policies"]]
+
+
+def label_of(results: list[dict]) -> list[str]:
+    """A result's label; with the TBT behind it where a label's results were promised several."""
+    promises = {}
+    for result in results:
+        promises.setdefault(result["label"], set()).add(result.get("slo", {}).get("tbt_ms"))
+    return [
+        f"{r['label']}, TBT {r['slo']['tbt_ms']:g} ms" if len(promises[r["label"]]) > 1 else r["label"] for r in results
+    ]
 
 
 def caption(results: list[dict]) -> str:
@@ -70,7 +124,7 @@ def caption(results: list[dict]) -> str:
     def once(*keys: str) -> str:
         return ", ".join(dict.fromkeys(str(r[key]) for r in results for key in keys if r.get(key) not in (None, "")))
 
-    where = once("gpu") or once("cpu")
+    where = once("gpu").replace("SIMULATED ", "") or once("cpu")
     simulated = "SIMULATED. " if any(r.get("simulated") for r in results) else ""
     slos = ", ".join(dict.fromkeys(f"TTFT {r['slo']['ttft_ms']:g} ms, TBT {r['slo']['tbt_ms']:g} ms" for r in results))
     asked = f"workload {once('workload')}"
@@ -78,14 +132,9 @@ def caption(results: list[dict]) -> str:
         asked += f", {counts} requests a run"
     elif counts := once("requests_per_point"):
         asked += f", {counts} requests a point over {once('seeds')} seeds (band: their range)"
-    lines = (
-        f"{simulated}{once('model_id')} on {where}; {asked}; SLO {slos}",
-        (
-            f"torch {once('torch')}; commit {once('git')}; seed {once('seed')}; "
-            + ", ".join(dict.fromkeys(r.get("benchmark", "") for r in results))
-        ),
-    )
-    return "\n".join(lines)
+    rest = (("torch", once("torch")), ("commit", once("git")), ("seed", once("seed")), ("bench.py", once("benchmark")))
+    second = "; ".join(f"{name} {value}" for name, value in rest if value)
+    return f"{simulated}{once('model_id')} on {where}; {asked}; SLO {slos}\n{second}"
 
 
 # --- CDFs -------------------------------------------------------------------------------------------------------------
@@ -122,7 +171,6 @@ def draw_cdf(pyplot, rows: list[dict], results: list[dict]):
     axes[0].set_ylabel("percent at or below")
     axes[0].set_ylim(0, 101)
     axes[0].legend(frameon=False, fontsize=8, loc="upper left")
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
     return figure
 
 
@@ -151,7 +199,7 @@ def attainment_rows(results: list[dict], labels: list[str]) -> list[dict]:
                 raise ValueError(f"{label} has no request rate that a point could stand at")
             spread = {key: point.get(key) for key in ("slo_attainment_min", "slo_attainment_max")}
             rows.append({"label": label, "request_rate": rate, **{key: point[key] for key, _ in SHARES}, **spread})
-    return sorted(rows, key=lambda row: (row["label"], row["request_rate"]))
+    return sorted(rows, key=lambda row: (labels.index(row["label"]), row["request_rate"]))
 
 
 def draw_attainment(pyplot, rows: list[dict], results: list[dict]):
@@ -183,6 +231,5 @@ def draw_attainment(pyplot, rows: list[dict], results: list[dict]):
         ax.grid(color="#e6e8ec", linewidth=0.6)
         ax.set_axisbelow(True)
     axes[0][0].set_ylabel("percent of all issued requests")
-    axes[0][0].legend(frameon=False, fontsize=8, loc="lower left")
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    axes[0][min(1, num_panels - 1)].legend(frameon=False, fontsize=8, loc="lower left")
     return figure
