@@ -55,6 +55,7 @@ class Engine:
         arrival_s: float | None = None,
         slo: SLO | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> Request:
         """Makes a request with the model's stop ids and a seed. Raises ValueError for ids outside the vocabulary."""
         named_ids = (*prompt_token_ids, *(token for token, _ in params.biases))
@@ -70,6 +71,7 @@ class Engine:
             arrival_s=self.executor.clock.now() if arrival_s is None else arrival_s,
             slo=slo or self.slo,
             cache_salt=cache_salt,
+            priority=priority,
             stop_token_ids=stop_token_ids if params.ignore_eos else stop_token_ids | self.eos_token_ids,
             seed=params.seed if params.seed is not None else self.seed * 1_000_003 + self._num_requests,
         )

@@ -36,6 +36,7 @@ class NullRequest:
     prompt_token_ids: list[int]
     params: SamplingParams
     slo: SLO | None
+    priority: int = 0
     num_output: int = 0
     scheduled_s: float | None = None
 
@@ -47,6 +48,14 @@ class NullEvent:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    logprobs: tuple = ()
+    prompt_logprobs: tuple = ()
+
+
+def logprobs_of(token_id: int, num_top: int) -> list:
+    """As plan.Logprobs: a token's logprob is its number over -1000; the tokens before it are the likelier ones."""
+    top_ids = [max(token_id - num_top + 1, 0) + i for i in range(num_top)]
+    return [-token_id / 1000, top_ids, [-i / 1000 for i in top_ids]]
 
 
 def kv_tokens(window):
@@ -62,11 +71,11 @@ class NullEngine:
     requests: dict[str, NullRequest] = field(default_factory=dict)
     num_aborted: int = 0
 
-    def new_request(self, prompt_token_ids, params, *, request_id, arrival_s, slo, cache_salt):
+    def new_request(self, prompt_token_ids, params, *, request_id, arrival_s, slo, cache_salt, priority):
         bad = next((token for token in prompt_token_ids if token >= VOCAB_SIZE), None)
         if bad is not None:
             raise ValueError(f"token id {bad} is outside the vocabulary of {VOCAB_SIZE} tokens")
-        return NullRequest(request_id, prompt_token_ids, params, slo)
+        return NullRequest(request_id, prompt_token_ids, params, slo, priority)
 
     def add(self, request):
         if len(request.prompt_token_ids) + request.params.max_tokens > kv_tokens(self.window):
@@ -82,7 +91,7 @@ class NullEngine:
 
     def step(self):
         time.sleep(self.step_s)
-        running = list(self.requests.values())[: self.max_num_seqs]
+        running = sorted(self.requests.values(), key=lambda request: request.priority)[: self.max_num_seqs]
         return [event for request in running if (event := self._advance(request)) is not None]
 
     def _advance(self, request):
@@ -107,7 +116,15 @@ class NullEngine:
             reason = "length"
         if reason is not None:
             del self.requests[request.request_id]
-        return NullEvent(request.request_id, (token,), reason, stop_reason)
+        asked, of_prompt = params.logprobs, params.prompt_logprobs if request.num_output == 1 else None
+        return NullEvent(
+            request.request_id,
+            (token,),
+            reason,
+            stop_reason,
+            logprobs=() if asked is None else (logprobs_of(token, asked),),
+            prompt_logprobs=() if of_prompt is None else [logprobs_of(token, of_prompt) for token in prompt[1:]],
+        )
 
     def stats(self):
         num_running = min(len(self.requests), self.max_num_seqs)

@@ -131,6 +131,7 @@ def _handle(link: FrameLink, engine, message: list, tokenless: dict) -> None:
                 arrival_s=body["arrival_s"],
                 slo=SLO(**body["slo"]) if body["slo"] else None,
                 cache_salt=body["cache_salt"],
+                priority=body["priority"],
             )
             engine.add(request)
             tokenless[body["id"]] = request
