@@ -4,6 +4,7 @@
     python bench.py explain --slo-tbt-ms 10 --modes split,exclusive
     python bench.py explain --policy chunked
     python bench.py explain --plot results/simulated/explain      four policies on one time axis: .svg and .png
+    python bench.py explain --course                              the worked example in nanodrift/README.md, anew
 
 Needs no GPU and no torch; takes seconds. All times are simulated, from the cost profile that the first line names.
 """
@@ -38,8 +39,8 @@ REQUESTS = (  # name, arrival in ms, prompt tokens, output tokens
     ("e", 200, 12000, 10),
     ("f", 320, 300, 30),
 )
-TBT_MS = 12.0
-PANELS = ("turns", "chunked", "static", "mux")  # of the figure
+TBT_MS = 9.0
+PANELS = ("prefill-first", "chunked", "static", "mux")  # of the figure
 GANTT_COLUMNS = 110
 TENS = "0123456789abc"
 
@@ -96,15 +97,15 @@ class Narrator:
         key = (decision.mode, decision.partition, decision.token_chunk, load.decode.batch)
         if key != self._told and load.decode.batch + load.prompt_tokens > 0:
             self._told = key
-            self.tell(self._line(load, decision))
+            self.tell(self._line(load, decision, current))
         return decision
 
     def __getattr__(self, name: str):
         return getattr(self.policy, name)
 
-    def _line(self, load: Load, decision: Decision) -> str:
+    def _line(self, load: Load, decision: Decision, current: Decision | None) -> str:
         is_shared = load.decode.batch > 0 and load.prompt_tokens > 0
-        offers = {option.mode: option for option in self.dispatcher.options(load)} if is_shared else {}
+        offers = {option.mode: option for option in self.dispatcher.options(load, current)} if is_shared else {}
         cells = []
         for mode in Mode:
             offer = offers.get(mode)
@@ -199,7 +200,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--slo-tbt-ms", type=float, default=TBT_MS, metavar="MS")
     add("--modes", default=",".join(mode.value for mode in Mode), help="of mux, for example split,exclusive")
     add("--plot", type=Path, metavar="PREFIX", help=f"PREFIX.svg and .png: {', '.join(PANELS)} on one time axis")
+    add("--course", action="store_true", help="write the numbers of nanodrift/README.md anew")
     options = parser.parse_args(argv)
+    if options.course:
+        from nanodrift.bench import course
+
+        return course.main()
     try:
         modes = tuple(Mode(name) for name in options.modes.split(","))
         slo = SLO(tbt_ms=options.slo_tbt_ms)

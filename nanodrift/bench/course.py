@@ -1,0 +1,192 @@
+"""The worked example of nanodrift/README.md: its numbers come from the run that ``bench.py explain`` shows.
+
+    python bench.py explain --course        writes them anew, after a change of the costs or of the dispatcher
+
+A pair of comments names what stands between them (``<!-- explain: layers -->``); a test holds the file to this.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanodrift.bench import explain
+from nanodrift.bench.simulate import simulated_policy
+from nanodrift.config import SLO
+from nanodrift.dispatch import HYSTERESIS, Decision, Dispatcher, Load, Mode, Policy
+from nanodrift.executor import Clock
+from nanodrift.plan import DecodeWork, PrefillWork
+
+COURSE = Path(__file__).parent.parent / "README.md"
+SECTION = re.compile(r"(<!-- explain: (\w+) -->\n)(.*?)(<!-- /explain -->)", re.DOTALL)
+MERGE_TBTS_MS = (explain.TBT_MS, 12.0, 15.0, 20.0)  # the first at which a prompt ends beside the decode lane
+PAPERS = (Mode.SPLIT, Mode.EXCLUSIVE)  # the modes of the paper: here a merge and a piece of layers can be watched
+
+
+@dataclass
+class Moment:
+    """A question the scheduler asked, and the answer."""
+
+    at_s: float
+    load: Load
+    decision: Decision
+
+
+class Recorder:
+    """A policy that passes every question on, and keeps those in which both lanes had something to do."""
+
+    def __init__(self, policy: Policy, clock: Clock, moments: list[Moment]):
+        self.policy, self.clock, self.moments = policy, clock, moments
+
+    def choose(self, load: Load, current: Decision | None = None) -> Decision:
+        decision = self.policy.choose(load, current)
+        if load.decode.batch and load.prompt_tokens and not load.is_chunk_open:
+            self.moments.append(Moment(self.clock.now(), load, decision))
+        return decision
+
+
+def example(modes: tuple[Mode, ...], tbt_ms: float = explain.TBT_MS) -> tuple[explain.Run, list[Moment]]:
+    moments: list[Moment] = []
+    slo = SLO(tbt_ms=tbt_ms)
+    return explain.simulate("mux", modes, slo, lambda policy, clock: Recorder(policy, clock, moments)), moments
+
+
+def ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms"
+
+
+def longest_gap_s(run: explain.Run) -> float:
+    return max(b - a for r in run.requests for a, b in zip(r.token_s, r.token_s[1:], strict=False))
+
+
+def problem() -> str:
+    slo = SLO(tbt_ms=explain.TBT_MS)
+    rows = []
+    for name in explain.PANELS:
+        run = explain.simulate(name, tuple(Mode), slo)
+        ttfts = sorted(request.first_token_s - request.arrival_s for request in run.requests)
+        late = len(run.late_s())
+        rows.append(f"| `{name}` | {late} | {ms(longest_gap_s(run))} | {ms(sum(ttfts) / len(ttfts))} |\n")
+    head = f"| policy | tokens later than {slo.tbt_ms:g} ms | longest gap | mean TTFT |\n|---|---:|---:|---:|\n"
+    return head + "".join(rows)
+
+
+def at_arrival(name: str = "c") -> Moment:
+    """The first question after this request has arrived: two decode, and it has a long prompt."""
+    arrival_s = next(at_ms for known, at_ms, *_ in explain.REQUESTS if known == name) / 1e3
+    return next(moment for moment in example(tuple(Mode))[1] if moment.at_s >= arrival_s)
+
+
+def prediction() -> str:
+    """One guarded prediction for each partition, at that moment."""
+    moment, dispatcher = at_arrival(), _dispatcher()
+    load = moment.load
+    _, merged = load.chunk(dispatcher.max_prefill_tokens)
+    head = (
+        f"At {ms(moment.at_s)} {load.decode.batch} requests decode, {load.decode.context_tokens:,} tokens of context "
+        f"between them, each promised a token every {1e3 * load.tbt_s:g} ms. A prompt of {load.prompt_tokens:,} tokens "
+        "arrives. A decode step beside it would take, on each of the partitions that were made at start:\n\n"
+        "| decode SMs | alone | x guard | = promised | within the TBT | prefill meanwhile |\n"
+        "|---:|---:|---:|---:|---|---:|\n"
+    )
+    rows, chosen = [], None
+    for partition in dispatcher.splits:
+        sms, offer = partition.decode_sms, dispatcher.split_at(load, partition)
+        solo_s = dispatcher.cost.decode_s(merged, sms)
+        chosen = sms if chosen is None and not offer.is_unmeetable else chosen
+        cells = (
+            f"**{sms}**" if sms == chosen else f"{sms}",
+            ms(solo_s),
+            f"{offer.decode_s / solo_s:.2f}",
+            ms(offer.decode_s),
+            "no" if offer.is_unmeetable else "yes",
+            f"{offer.prompt_tokens_per_s:,.0f} tokens/s",
+        )
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return head + "".join(rows)
+
+
+def layers() -> str:
+    """N_layers for the split of the same moment."""
+    load, dispatcher = at_arrival().load, _dispatcher()
+    offer = next(o for p in dispatcher.splits if not (o := dispatcher.split_at(load, p)).is_unmeetable)
+    prefill_s, num_layers = offer.token_chunk / offer.prompt_tokens_per_s, dispatcher.cost.num_layers
+    exact = offer.decode_s * num_layers / prefill_s
+    assert min(num_layers, math.ceil(exact)) == offer.layers, "the launch time of a piece decides here: say so"
+    return (
+        f"```text\nN_layers = ceil(T_decode x layers / T_prefill) = ceil({ms(offer.decode_s)} x {num_layers} / "
+        f"{ms(prefill_s)}) = ceil({exact:.2f}) = {offer.layers}\n```\n"
+    )
+
+
+def choice() -> str:
+    """The offers of all modes at that moment, and which was taken."""
+    moment, dispatcher = at_arrival(), _dispatcher()
+    rows = []
+    for offer in dispatcher.options(moment.load):
+        cells = (
+            f"**{offer.mode.value}**" if offer.mode is moment.decision.mode else offer.mode.value,
+            "whole chip" if offer.partition.is_shared else f"decode on {offer.partition.decode_sms} SMs",
+            f"{offer.token_chunk}",
+            f"{offer.layers}",
+            ms(offer.step_s),
+            f"{offer.prompt_tokens_per_s:,.0f}",
+        )
+        rows.append(f"| {' | '.join(cells)} |\n")
+    head = "| mode | where | token chunk | layers a piece | gap promised | prompt tokens/s |\n"
+    head += "|---|---|---:|---:|---:|---:|\n"
+    taken = f"Taken: {moment.decision.mode.value}. Another replaces it when it is better by {HYSTERESIS:.0%}"
+    return f"{head}{''.join(rows)}\n{taken}, or when it no longer keeps the TBT.\n"
+
+
+def merge() -> str:
+    """A prompt that ends beside the decode lane, in the run without fused steps."""
+    for tbt_ms in MERGE_TBTS_MS:
+        run, _ = example(PAPERS, tbt_ms)
+        pieces = [s for s in run.timeline if isinstance(s.ticket.work, PrefillWork) and s.ticket.work.sampled_ids]
+        ended = next((piece for piece in pieces if not piece.ticket.partition.is_shared), None)
+        if ended is not None:
+            break
+    steps = [span for span in run.timeline if isinstance(span.ticket.work, DecodeWork)]
+    name = ended.ticket.work.sampled_ids[0]
+    request = next(request for request in run.requests if request.request_id == name)
+    joined = next(step for step in steps if name in step.ticket.work.request_ids)
+    last = next((s for s in reversed(steps) if s.started_s < ended.finished_s and s is not joined), None)
+    if last.finished_s > ended.finished_s:
+        meanwhile = f"A decode step is running until {ms(last.finished_s)}; nobody stops it"
+    else:
+        meanwhile = f"The decode lane's last step ended at {ms(last.finished_s)}; the next one was held back for {name}"
+    modes = ",".join(mode.value for mode in PAPERS)
+    return (
+        f"Under `--modes {modes} --slo-tbt-ms {tbt_ms:g}` the last layers of request {name} end at "
+        f"{ms(ended.finished_s)}, on {ended.ticket.partition.prefill_sms} SMs: its first token. {meanwhile}. The step "
+        f"from {ms(joined.started_s)} to {ms(joined.finished_s)} takes {name} in: {len(joined.ticket.work.rows)} rows. "
+        f"The first gap of {name} is {ms(request.token_s[1] - request.token_s[0])}.\n"
+    )
+
+
+KINDS = {kind.__name__: kind for kind in (problem, prediction, layers, choice, merge)}
+
+
+def _dispatcher() -> Dispatcher:
+    return simulated_policy("mux", tuple(Mode))
+
+
+def regenerate(text: str) -> str:
+    return SECTION.sub(lambda match: f"{match[1]}{KINDS[match[2]]()}{match[4]}", text)
+
+
+def main(check: bool = False) -> int:
+    """Rewrites the course's numbers; with ``check`` only says whether they are up to date."""
+    text = COURSE.read_text()
+    if (new := regenerate(text)) == text:
+        return 0
+    if check:
+        print("nanodrift/README.md is not what explain says: run python bench.py explain --course", file=sys.stderr)
+        return 1
+    COURSE.write_text(new)
+    print("wrote nanodrift/README.md", file=sys.stderr)
+    return 0
