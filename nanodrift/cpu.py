@@ -15,7 +15,7 @@ from nanodrift.executor import WallClock
 from nanodrift.model import KVPool, Model
 from nanodrift.ops import LaneResources
 from nanodrift.plan import Completion, FusedWork, Partition, PrefillWork, Ticket, Work
-from nanodrift.runner import Runner
+from nanodrift.runner import Runner, read_answer
 
 CPU = torch.device("cpu")
 ONE_THREAD_PARAMETERS = 50_000_000  # products of a smaller model are too short to share among threads
@@ -41,7 +41,7 @@ class CpuExecutor:
         self.num_layers = model.config.num_layers
         self.num_blocks, self.num_rows, self.max_prefill_tokens = num_blocks, num_rows, max_prefill_tokens
         self.device_name = f"cpu ({torch.get_num_threads()} threads)"
-        rows = Rows(num_rows, max_model_len, CPU)
+        rows = Rows(num_rows, max_model_len, CPU, model.config.vocab_size)
         kv = KVPool(model.config, num_blocks, model.dtype, CPU)
         lane = LaneResources(num_sms=1, deterministic=deterministic)
         self._prefill = Runner(model, kv, rows, lane, max_prefill_tokens + num_rows)
@@ -55,15 +55,14 @@ class CpuExecutor:
         started_s = self.clock.now()
         ticket = Ticket(self._num_tickets, work, partition, launched_s=started_s)
         if isinstance(work, PrefillWork):
-            token_ids = self._prefill.prefill(work, _upload)
+            answer = self._prefill.prefill(work, _upload)
         elif isinstance(work, FusedWork):
-            token_ids = self._prefill.fused(work, _upload)
+            answer = self._prefill.fused(work, _upload)
         else:
-            token_ids = self._decode.decode(work, _upload)
-        token_ids = token_ids.tolist() if token_ids is not None else []
-        tokens = tuple(zip(work.sampled_ids, token_ids, strict=True))
+            answer = self._decode.decode(work, _upload)
+        found = read_answer(work, answer)
         finished_s = self.clock.now()
-        self._done.append(Completion(ticket, finished_s, tokens, busy_s=finished_s - started_s))
+        self._done.append(Completion(ticket, finished_s, busy_s=finished_s - started_s, **found))
         return ticket
 
     def wait(self, until_s: float | None) -> list[Completion]:

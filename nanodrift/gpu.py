@@ -45,7 +45,8 @@ from nanodrift.plan import (
     Ticket,
     Work,
 )
-from nanodrift.runner import Runner
+from nanodrift.request import MAX_BIASED_TOKENS
+from nanodrift.runner import ANSWER_WIDTH, Runner, read_answer
 
 # Read when CUDA starts, hence set on import. With fewer hardware queues than streams, work of one lane could end up
 # queued behind the other's.
@@ -86,10 +87,10 @@ class Stage:
     Reused only behind the event of its last launch.
     """
 
-    def __init__(self, num_ints: int, num_tokens: int, device: torch.device):
+    def __init__(self, num_ints: int, num_answer_ints: int, device: torch.device):
         self.host = torch.empty(num_ints, dtype=torch.int32, pin_memory=True)
         self.device = torch.empty(num_ints, dtype=torch.int32, device=device)
-        self.tokens = torch.empty(num_tokens, dtype=torch.int32, pin_memory=True)
+        self.answer = torch.empty(num_answer_ints, dtype=torch.int32, pin_memory=True)
         self.event = torch.cuda.Event()
         self.num_used = 0
 
@@ -129,7 +130,7 @@ class _InFlight:
     ticket: Ticket
     start: torch.cuda.Event  # behind all waits, before the first kernel
     event: torch.cuda.Event
-    tokens: torch.Tensor | None  # pinned; valid behind the event
+    answer: torch.Tensor | None  # pinned; valid behind the event
 
 
 @dataclass
@@ -177,7 +178,7 @@ class GpuExecutor:
         }
         self.partitions = tuple(streams)
 
-        rows = Rows(num_rows, max_model_len, device)
+        rows = Rows(num_rows, max_model_len, device, model.config.vocab_size)
         max_tokens = {Lane.PREFILL: max_prefill_tokens + num_rows, Lane.DECODE: num_rows}  # a fused step holds both
         counts = {lane: {_lane_sms(partition, lane) for partition in streams} for lane in Lane}
         counts[Lane.PREFILL] |= counts[Lane.DECODE]  # a fused step's: it attends on both halves
@@ -185,8 +186,12 @@ class GpuExecutor:
         self._runners = {lane: Runner(model, None, rows, LaneResources(), n) for lane, n in max_tokens.items()}
         self._places = _make_places(self._runners, streams, scratch, deterministic)
         most_sampled = num_rows + MAX_FUSED_SLICES
-        num_ints = 4 * max_tokens[Lane.PREFILL] + 64 * most_sampled + 2 * num_rows * rows.max_blocks
-        self._stages = {lane: deque(Stage(num_ints, most_sampled, device) for _ in range(NUM_STAGES)) for lane in Lane}
+        num_ints = 8 * max_tokens[Lane.PREFILL] + 2 * num_rows * rows.max_blocks
+        num_ints += (100 + 2 * MAX_BIASED_TOKENS) * most_sampled  # what requests ask for
+        self._stages = {
+            lane: deque(Stage(num_ints, (most_sampled + n) * ANSWER_WIDTH, device) for _ in range(NUM_STAGES))
+            for lane, n in max_tokens.items()
+        }
         self.num_blocks = num_blocks or _blocks_that_fit(model, rows, memory_fraction)
         kv = KVPool(model.config, self.num_blocks, model.dtype, device)
         for runner in self._runners.values():
@@ -226,14 +231,14 @@ class GpuExecutor:
         with place.enter():
             start.record()
             if isinstance(work, DecodeWork):
-                token_ids = runner.decode(work, stage.upload)
+                found = runner.decode(work, stage.upload)
             elif isinstance(work, FusedWork):
-                token_ids = runner.fused(work, stage.upload)
+                found = runner.fused(work, stage.upload)
             else:
-                token_ids = runner.prefill(work, stage.upload)
-            if token_ids is not None:
-                answer = stage.tokens[: token_ids.shape[0]]
-                answer.copy_(token_ids, non_blocking=True)
+                found = runner.prefill(work, stage.upload)
+            if found is not None:
+                answer = stage.answer[: found.numel()].view(found.shape)
+                answer.copy_(found, non_blocking=True)
             stage.event.record()
         for occupied in work.lanes:
             self._last[occupied] = _LastLaunch(stage.event, stream, num_sms)
@@ -292,7 +297,7 @@ class GpuExecutor:
 
         What it writes goes to the spare block.
         """
-        params = RowParams(top_k=1, min_position=self.max_prefill_tokens)
+        params = RowParams(top_k=1, min_position=self.max_prefill_tokens, logit_bias=((0, 0.0),), has_logprobs=True)
         sizes = [n for n in WARM_UP_TOKENS if n < self.max_prefill_tokens] + [self.max_prefill_tokens]
         for done, (kind, partition) in enumerate(self._places):
             place = self._places[kind, partition]
@@ -304,11 +309,12 @@ class GpuExecutor:
                     runner.compute(batch, num_layers=1)
                     sampled = runner.logits[: shape.num_sampled], batch.sample_rows, batch.sample_positions
                     for is_special in (False, True):
-                        runner.sample(*sampled, has_filter=is_special, has_ban=is_special)
+                        runner.sample(*sampled, is_special, is_special, is_special, is_special)
                 for num_tokens in sizes if kind is PrefillWork else ():  # no graph is sure to have room for it
                     for num_slices in {1, min(3, num_tokens)}:
                         token_ids = (0,) * (num_tokens // num_slices)
-                        piece = PrefillSlice("warm-up", runner.rows.spare_row, 0, token_ids, params)
+                        next_ids = token_ids[1:] if num_tokens <= 64 else ()
+                        piece = PrefillSlice("warm-up", runner.rows.spare_row, 0, token_ids, params, True, 9, next_ids)
                         with self._borrowed_stage(Lane.PREFILL) as stage:
                             runner.prefill(PrefillWork(0, (piece,) * num_slices, 0, 1, is_last=True), stage.upload)
             place.stream.synchronize()
@@ -354,10 +360,9 @@ class GpuExecutor:
     # ---- completions -------------------------------------------------------------------------------------------
 
     def _complete(self, entry: _InFlight) -> Completion:
-        token_ids = entry.tokens.tolist() if entry.tokens is not None else []
-        tokens = tuple(zip(entry.ticket.work.sampled_ids, token_ids, strict=True))
         busy_s = entry.start.elapsed_time(entry.event) / 1e3
-        return Completion(entry.ticket, self.clock.now(), tokens, busy_s)
+        found = read_answer(entry.ticket.work, entry.answer)
+        return Completion(entry.ticket, self.clock.now(), busy_s=busy_s, **found)
 
     def _count_compilations(self) -> None:
         """Has Triton report every kernel that it compiles or loads from now on, on top of whom it tells already."""

@@ -8,7 +8,7 @@ launched operator by operator.
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,8 +17,10 @@ from nanodrift import ops
 from nanodrift.batch import Batch, PassShape, Rows, Upload, lay_out, num_ints, pack
 from nanodrift.model import KVPool, Model
 from nanodrift.ops import LaneResources
-from nanodrift.plan import MAX_FUSED_SLICES, DecodeWork, FusedWork, Partition, PrefillWork
+from nanodrift.plan import MAX_FUSED_SLICES, DecodeWork, FusedWork, Logprobs, Partition, PrefillWork, Work
+from nanodrift.request import MAX_LOGPROBS
 
+ANSWER_WIDTH = 2 + 2 * MAX_LOGPROBS  # ints of a token that comes with logprobs
 MAX_WASTE = 1.25  # work is not padded by more than this ...
 MAX_FREE_TOKENS = 512  # ... beyond so many tokens: below, a pass takes longer to launch than to run
 
@@ -63,11 +65,12 @@ class Runner:
         device = rows.block_table.device
         most_sampled = rows.num_rows + MAX_FUSED_SLICES
         self._ints = torch.zeros(
-            num_ints(PassShape(max_tokens, rows.num_rows, rows.num_rows, most_sampled)),
+            num_ints(PassShape(max_tokens, rows.num_rows + 1, rows.num_rows, most_sampled)),
             dtype=torch.int32,
             device=device,
         )  # the metadata of the pass under way: at fixed addresses, as graphs want it
         self.logits = torch.empty(most_sampled, model.config.vocab_size, dtype=torch.float32, device=device)  # [Q, V]
+        self._logprobs = torch.empty_like(self.logits)  # [Q, V]
 
     # ---- work --------------------------------------------------------------------------------------------------
 
@@ -148,7 +151,10 @@ class Runner:
         shape = self._shape_for(PassShape.of(prefill, decode))
         ints = pack(self.rows, prefill, decode, shape)
         upload(ints, self._ints)
-        return self.batch_of(shape), ints
+        batch = self.batch_of(shape)
+        if prefill:
+            self.rows.penalties.count_prompts(prefill, batch.token_ids[len(decode.rows) if decode else 0 :])
+        return batch, ints
 
     def _shape_for(self, needed: PassShape) -> PassShape:
         """The smallest of ``shapes`` that has room without too much waste, else just what is needed."""
@@ -157,7 +163,7 @@ class Runner:
                 room >= need for room, need in zip(shape, needed, strict=True)
             ):
                 most_tokens = max(MAX_FREE_TOKENS, MAX_WASTE * needed.num_tokens)
-                is_wasteful = needed.num_prefill_tokens > 0 and shape.num_tokens > most_tokens
+                is_wasteful = needed.num_slices > 0 and shape.num_tokens > most_tokens
                 return needed if is_wasteful else shape
         return needed
 
@@ -188,15 +194,20 @@ class Runner:
         ended = [s for s in prefill.slices if s.params is not None] if prefill else []
         self.rows.set_params([(s.row, s.params) for s in ended], upload)
         num = len(ended) + (len(decode.rows) if decode else 0)
+        wants_prompt = prefill is not None and any(s.next_token_ids for s in prefill.slices)
         if num == 0:
-            return None
+            return self._score_prompts(batch, prefill, upload) if wants_prompt else None
         has_filter = any(s.params.has_filter for s in ended) or (decode is not None and decode.has_filter)
         has_ban = any(s.params.min_position > s.end for s in ended) or (decode is not None and decode.has_ban)
         if prefill is None:  # of rows that decode again and again, the device alone knows the positions
             rows, positions = batch.decode_rows, batch.positions
         else:
             rows, positions = batch.sample_rows, batch.sample_positions
-        return self.sample(self.logits[:num], rows[:num], positions[:num], has_filter, has_ban)
+        has_penalty = any(s.params.has_penalty for s in ended) or (decode is not None and decode.has_penalty)
+        has_logprobs = any(s.params.has_logprobs for s in ended) or (decode is not None and decode.has_logprobs)
+        sources = (self.logits[:num], rows[:num], positions[:num])
+        answer = self.sample(*sources, has_filter, has_ban, has_penalty, has_logprobs or wants_prompt)
+        return torch.cat((answer, self._score_prompts(batch, prefill, upload))) if wants_prompt else answer
 
     def sample(
         self,
@@ -205,14 +216,61 @@ class Runner:
         positions: torch.Tensor,
         has_filter: bool,
         has_ban: bool,
+        has_penalty: bool = False,
+        has_logprobs: bool = False,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Draws the next token of each row from logits [Q, V] and writes it into the row. Returns tokens [Q] int32."""
+        """Draws the next token of each row from logits [Q, V] and writes it into the row.
+
+        Returns tokens [Q] int32, or what ``_with_logprobs`` makes of them.
+        """
         tables, lane = self.rows, self.lane
+        if has_logprobs:
+            logprobs = torch.log_softmax(logits, -1, out=self._logprobs[: logits.shape[0]])  # [Q, V]
+        if has_penalty:
+            tables.penalties.apply(logits, rows, lane)
         if has_ban:
             ops.ban_tokens(logits, rows, positions, tables.banned, tables.min_position, lane)
         if has_filter:
             limits = (tables.temperature, tables.top_k, tables.top_p, tables.min_p)
             ops.filter_logits(logits, rows, positions, *limits, lane)
         state = (tables.temperature, tables.seed, tables.last_token, tables.next_position)
-        return ops.sample(logits, rows, positions, *state, lane, out=out)
+        token_ids = ops.sample(logits, rows, positions, *state, lane, out=out)
+        if has_penalty:
+            tables.penalties.count_output(rows, token_ids)
+        return _with_logprobs(token_ids, logprobs) if has_logprobs else token_ids
+
+    def _score_prompts(self, batch: Batch, work: PrefillWork, upload: Upload) -> torch.Tensor:
+        """The slices' ``next_token_ids`` with their logprobs, as many at a time as there is memory for logits."""
+        places, token_ids, start = array("i"), array("i"), 0
+        for piece in work.slices:
+            places.extend(range(start, start + len(piece.next_token_ids)))
+            token_ids.extend(piece.next_token_ids)
+            start += len(piece.token_ids)
+        answers, most = [], self.logits.shape[0]
+        for indices, wanted in zip(upload(places).split(most), upload(token_ids).split(most), strict=True):
+            part, num = replace(batch, sample_indices=indices), len(indices)
+            logits = self.model.head(part, self.state, self.lane, out=self.logits[:num])
+            answers.append(_with_logprobs(wanted, torch.log_softmax(logits, -1, out=self._logprobs[:num])))
+        return torch.cat(answers)
+
+
+def _with_logprobs(token_ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """token_ids [Q], logprobs [Q, V] -> [Q, 2 + 2n] int32: token, bits of its logprob, of the n highest, their ids."""
+    top = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[1]))  # [Q, n]
+    own = logprobs.gather(1, token_ids.long()[:, None])  # [Q, 1]
+    bits = torch.cat((own, top.values), 1).view(torch.int32)
+    return torch.cat((token_ids[:, None], bits, top.indices.int()), 1)
+
+
+def read_answer(work: Work, answer: torch.Tensor | None) -> dict:
+    """What a runner has returned, once it lies on the host, as a Completion names it."""
+    if answer is None:
+        return {}
+    if answer.ndim == 1:
+        return {"tokens": tuple(zip(work.sampled_ids, answer.tolist(), strict=True))}
+    num_top, num = answer.shape[1] // 2 - 1, len(work.sampled_ids)
+    floats, top_ids = answer[:, 1 : 2 + num_top].view(torch.float32), answer[:, 2 + num_top :]
+    found = tuple(map(Logprobs, floats[:, 0].tolist(), top_ids.tolist(), floats[:, 1:].tolist()))
+    tokens = tuple(zip(work.sampled_ids, answer[:num, 0].tolist(), strict=True))
+    return {"tokens": tokens, "logprobs": found[:num], "prompt_logprobs": found[num:]}
