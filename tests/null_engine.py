@@ -4,7 +4,7 @@ A request's output is its own prompt, over and over, one token a step; at the te
 prompts begin with an order instead (see ORDERS). Text goes through the embedded model's tokenizer, so that what comes
 out can be read.
 
-    python tests/null_engine.py --fd N [--step-ms 2] [--load-s 0] [--fail TEXT] [--max-num-seqs 64] [--leak 0]
+    python tests/null_engine.py --fd N [--step-ms 2] [--load-s 0] [--fail TEXT] [--max-num-seqs 64] [--leak 0] [--sms 132]
 """
 
 from __future__ import annotations
@@ -68,8 +68,10 @@ class NullEngine:
     max_num_seqs: int
     window: int = WINDOW
     num_leaked: int = 0
+    num_sms: int = 1  # of the device it pretends to share, if more than one
     requests: dict[str, NullRequest] = field(default_factory=dict)
     num_aborted: int = 0
+    started_s: float = field(default_factory=time.monotonic)
 
     def new_request(self, prompt_token_ids, params, *, request_id, arrival_s, slo, cache_salt, priority):
         bad = next((token for token in prompt_token_ids if token >= VOCAB_SIZE), None)
@@ -135,6 +137,25 @@ class NullEngine:
             "num_preemptions_total": self.num_aborted,
             "num_kv_blocks": 100,
             "num_free_kv_blocks": 100 - self.num_leaked - (num_running > 0),
+            **(self.sharing() if self.num_sms > 1 else {}),
+        }
+
+    def sharing(self):
+        """How the device was shared, as nanodrift/telemetry.py tells it: four ways that follow each other."""
+        ways = [("exclusive", 1.0, 1.0), ("split", 0.75, 0.25), ("split", 0.5, 0.5), ("fused", 1.0, 1.0)]
+        turn, seconds = int(time.monotonic() / 2) % 4, dict.fromkeys(ways, 0.0)
+        for tick in range(int((time.monotonic() - self.started_s) * 20)):
+            seconds[ways[int((self.started_s + tick / 20) / 2) % 4]] += 0.05 * 0.9
+        sms = [[mode, round(p * self.num_sms), round(d * self.num_sms)] for mode, p, d in ways]
+        busy = sum(seconds.values()) - seconds[ways[0]]
+        return {
+            "num_sms": self.num_sms,
+            "has_partitions": True,
+            "residency": [[*row, s] for row, s in zip(sms, seconds.values(), strict=True)],
+            **dict(zip(("mode", "prefill_sms", "decode_sms"), sms[turn], strict=True)),
+            "prefill_busy_seconds_total": busy,
+            "decode_busy_seconds_total": busy + seconds[ways[0]],
+            "watts": 512.0,
         }
 
     def predictions(self):
@@ -153,6 +174,7 @@ def main() -> int:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--window", type=int, default=WINDOW)
     parser.add_argument("--leak", type=int, default=0)
+    parser.add_argument("--sms", type=int, default=1)
     args = parser.parse_args()
 
     def load(model, config, report):
@@ -166,7 +188,7 @@ def main() -> int:
             "is_embedded": model is None,
             "has_tokenizer": model != "no-tokenizer",
             "eos_token_ids": [EOS_ID],
-            "device_name": "none",
+            "device_name": "none" if args.sms == 1 else "a device of the script's",
             "dtype": "none",
             "weights_bytes": 0,
             "kv_tokens": kv_tokens(args.window),
@@ -176,7 +198,7 @@ def main() -> int:
             "policy": "echo",
             "phases_s": {"weights": args.load_s},
         }
-        return NullEngine(args.step_ms / 1000, args.max_num_seqs, args.window, args.leak), info
+        return NullEngine(args.step_ms / 1000, args.max_num_seqs, args.window, args.leak, args.sms), info
 
     return run(args.fd, load)
 

@@ -6,10 +6,12 @@ import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import httpx
 import openai
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from null_engine import CRASH, DIE, HOT, KV_TOKENS, SILENT, WINDOW
@@ -27,6 +29,7 @@ from running_server import (
 
 from nanodrift.config import SLO
 from nanodrift.server import frames, protocol
+from nanodrift.server.logprobs import TokenBytes
 from nanodrift.server.telemetry import Telemetry
 from nanodrift.tokenizer import Tokenizer
 
@@ -295,15 +298,33 @@ BAD_COMPLETIONS = [
     ({"n": 10**12}, "`n`"),
     ({"n": True}, "`n`"),
     ({"n": 16, "prompt": ["a"] * 17}, "16 choices each; the limit is"),
-    ({"priority": 5}, "`priority` is not supported"),
-    ({"priority": 0}, None),
+    ({"priority": 2**31}, "priority"),
+    ({"priority": -5}, None),
     ({"n": 1, "echo": False, "logprobs": None, "presence_penalty": 0, "logit_bias": {}, "best_of": 1}, None),
-    ({"logprobs": 0}, "`logprobs` is not supported"),
-    ({"echo": True}, "`echo` is not supported"),
+    ({"logprobs": 21}, "logprobs must be an integer between 0 and 20"),
+    ({"logprobs": -1}, "logprobs must be"),
+    ({"logprobs": True}, "logprobs"),
+    ({"top_logprobs": 2}, "`top_logprobs` is not supported"),
+    ({"prompt_logprobs": 2}, "`prompt_logprobs` is not supported"),
+    ({"echo": 1}, "echo"),
+    ({"echo": True, "max_tokens": 0}, None),
     ({"suffix": "x"}, "`suffix` is not supported"),
-    ({"frequency_penalty": 0.5}, "`frequency_penalty` is not supported"),
+    ({"presence_penalty": 2.1}, "presence_penalty must lie between -2 and 2"),
+    ({"frequency_penalty": -3}, "frequency_penalty must lie"),
+    ({"repetition_penalty": 0}, "repetition_penalty must lie"),
+    ({"presence_penalty": 2, "frequency_penalty": -2.0, "repetition_penalty": 1.1}, None),
     ({"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
-    ({"logit_bias": {"5": 1}}, "`logit_bias` is not supported"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "`response_format` is not supported"),
+    ({"logit_bias": {"5": 1, "6": -100.0}}, None),
+    ({"logit_bias": {"5": 101}}, "between -100 and 100"),
+    ({"logit_bias": {"fox": 1}}, "`logit_bias` must map token ids"),
+    ({"logit_bias": {"-5": 1}}, "`logit_bias` must map token ids"),
+    ({"logit_bias": {"9" * 5000: 1}}, "`logit_bias` must map token ids"),
+    ({"logit_bias": {"5": "much"}}, "`logit_bias`: Input should be a valid number"),
+    ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias may name 300 tokens"),
+    ({"logit_bias": [5]}, "logit_bias"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"request_id": "a b"}, "request_id"),
 ]
 BAD_CHATS = [
     ({"messages": []}, "empty list"),
@@ -315,7 +336,16 @@ BAD_CHATS = [
     ({"messages": [{"role": "assistant", "content": None}, {"role": "user", "content": "hi"}], "max_tokens": 2}, None),
     ({"tools": [{"type": "function"}]}, "`tools` is not supported"),
     ({"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "max_completion_tokens": 2}, None),
-    ({"logprobs": True}, "`logprobs` is not supported"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs must lie between 0 and 20"),
+    ({"top_logprobs": 2}, "`top_logprobs` needs `logprobs`"),
+    ({"logprobs": False, "top_logprobs": 0}, None),
+    ({"echo": True}, "`echo` is not supported"),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, None),
+    ({"chat_template_kwargs": {"enable_thinking": "no"}}, "`chat_template_kwargs` may hold enable_thinking (bool)"),
+    ({"chat_template_kwargs": {"messages": []}}, "`chat_template_kwargs` may hold"),
+    ({"continue_final_message": True}, "needs a last message of the assistant's"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "cannot both be true"),
     ({"max_completion_tokens": 0}, "max_tokens must be at least 1"),
 ]
 
@@ -435,6 +465,191 @@ def test_keys_guard_every_route_but_health():
             assert http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="no", max_retries=0).models.list()
+
+
+# Every field of the API that serving clients send, and what becomes of it: h honoured, r refused by name, - nothing is
+# asked for (and nothing is refused). First of completions, then of chats.
+FIELDS = {
+    "hh": "model max_tokens temperature top_p top_k min_p n seed stop stop_token_ids include_stop_str_in_output "
+    "ignore_eos min_tokens presence_penalty frequency_penalty repetition_penalty logit_bias logprobs stream "
+    "stream_options skip_special_tokens truncate_prompt_tokens request_id priority slo cache_salt",
+    "hr": "prompt echo add_special_tokens",
+    "rh": "messages max_completion_tokens top_logprobs chat_template_kwargs continue_final_message "
+    "add_generation_prompt",
+    "rr": "best_of use_beam_search prompt_logprobs suffix tools tool_choice functions function_call response_format "
+    "guided_json guided_regex guided_choice guided_grammar structured_outputs modalities audio prediction "
+    "web_search_options return_token_ids return_tokens_as_token_ids chat_template documents allowed_token_ids "
+    "bad_words",
+    "--": "user metadata store service_tier parallel_tool_calls safety_identifier",
+}
+
+
+@pytest.mark.parametrize("kind, body", [(0, protocol.CompletionBody), (1, protocol.ChatBody)])
+def test_every_field_is_honoured_or_refused_by_name(http, kind, body):
+    path, minimal = [("/v1/completions", {"prompt": "a", "max_tokens": 2}), ("/v1/chat/completions", CHAT)][kind]
+    fields = {name: fates[kind] for fates, names in FIELDS.items() for name in names.split()}
+    assert {name for name, fate in fields.items() if fate == "h"} == set(body.model_fields)
+    assert not set(protocol.NOT_HONOURED) - set(fields) and protocol.HARMLESS <= set(fields)
+    for name, fate in fields.items():
+        response = http.post(path, json=minimal | {name: ["something", {"odd": 1}]}) if fate != "h" else None
+        if fate == "r":
+            assert f"`{name}` is not supported" in error_of(response, 400)["message"]
+            assert error_of(response, 400)["param"] == name
+            assert http.post(path, json=minimal | {name: None}).status_code == 200
+        elif fate == "-":
+            assert response.status_code == 200
+
+
+# ---- logprobs and echo ---------------------------------------------------------------------------------------------
+# The null engine's logprob of a token is its number over -1000; see logprobs_of in null_engine.py.
+
+
+def spelled(token_id: int) -> str:
+    text = TOKENIZER.decode([100, token_id], skip_special_tokens=False)[len(TOKENIZER.decode([100])) :]
+    return text if "\ufffd" not in text else "bytes:"
+
+
+def check_completion_logprobs(choice, token_ids, num_top, text, first_is_null=False):
+    columns = choice["logprobs"]
+    assert {len(column) for column in columns.values()} == {len(token_ids)}
+    for i, token_id in enumerate(token_ids):
+        token, offset = columns["tokens"][i], columns["text_offset"][i]
+        assert token.startswith(spelled(token_id))
+        if token_id > 5 and not token.startswith("bytes:"):
+            assert text[offset : offset + len(token)] == token
+        if first_is_null and i == 0:
+            assert columns["token_logprobs"][0] is None and columns["top_logprobs"][0] is None
+            continue
+        assert columns["token_logprobs"][i] == -token_id / 1000
+        top = columns["top_logprobs"][i]
+        assert top[token] == -token_id / 1000  # the token itself is always among them
+        assert len(top) <= max(num_top, 1) and max(top.values()) == -max(token_id - max(num_top, 1) + 1, 0) / 1000
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 5])
+def test_completion_logprobs(http, num_top):
+    prompt = TOKENIZER.encode("the fox 你好 ran")
+    body = {"prompt": "the fox 你好 ran", "max_tokens": 2 * len(prompt), "logprobs": num_top}
+    (choice,) = complete(http, **body).json()["choices"]
+    check_completion_logprobs(choice, prompt * 2, num_top, choice["text"])
+    chunks = stream(http, "/v1/completions", **body)
+    assert text_of(chunks) == choice["text"]
+    parts = [c["choices"][0]["logprobs"] for c in chunks]
+    assert all(
+        (part is None) == (c["choices"][0]["text"] == "") for part, c in zip(parts[:-1], chunks[:-1], strict=True)
+    )
+    joined = {name: list(chain.from_iterable(part[name] for part in parts if part)) for name in choice["logprobs"]}
+    assert joined == choice["logprobs"]  # what came in pieces says the same, offsets too
+
+
+def test_chat_logprobs(http):
+    chat = {"messages": [{"role": "user", "content": "a 你好 fox"}], "logprobs": True, "top_logprobs": 3}
+    chat["skip_special_tokens"] = False
+    whole = http.post("/v1/chat/completions", json=chat).json()["choices"][0]
+    entries = whole["logprobs"]["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == whole["message"]["content"]
+    assert whole["logprobs"]["refusal"] is None
+    for entry in entries:
+        assert set(entry) == {"token", "logprob", "bytes", "top_logprobs"} and len(entry["top_logprobs"]) == 3
+        assert {"token": entry["token"], "logprob": entry["logprob"], "bytes": entry["bytes"]} in entry["top_logprobs"]
+    assert any(entry["token"].startswith("bytes:") for entry in entries)
+    chunks = [chunk["choices"][0] for chunk in stream(http, "/v1/chat/completions", **chat)]
+    assert chunks[0]["logprobs"] is None and chunks[-1]["logprobs"] is None  # of the role, of the finish_reason
+    streamed = [entry for c in chunks if c["logprobs"] for entry in c["logprobs"]["content"]]
+    assert streamed == entries
+    bare = http.post("/v1/chat/completions", json=chat | {"top_logprobs": None}).json()["choices"][0]["logprobs"]
+    assert [entry | {"top_logprobs": []} for entry in entries] == bare["content"]
+
+
+def test_logprobs_of_several_choices_and_of_stops(http):
+    body = {"prompt": ["the fox", "tea"], "n": 2, "max_tokens": 4, "logprobs": 0, "temperature": HOT, "seed": 3}
+    choices = complete(http, **body).json()["choices"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [4] * 4
+    assert len({tuple(choice["logprobs"]["token_logprobs"]) for choice in choices}) == 4
+    chunks = stream(http, "/v1/completions", **body)
+    for index, choice in enumerate(choices):
+        parts = [c["logprobs"] for chunk in chunks for c in chunk["choices"] if c["index"] == index and c["logprobs"]]
+        values = chain.from_iterable(part["token_logprobs"] for part in parts)
+        assert list(values) == choice["logprobs"]["token_logprobs"]
+    fox = TOKENIZER.encode(" fox", add_special_tokens=False)[-1]
+    for stop in ({"stop_token_ids": [fox]}, {"stop": " ran"}):
+        answer = complete(http, prompt="the fox ran", max_tokens=50, logprobs=1, **stop).json()
+        (choice,) = answer["choices"]
+        shown = answer["usage"]["completion_tokens"] - ("stop_token_ids" in stop)  # a stop token is not shown
+        assert len(choice["logprobs"]["tokens"]) == shown and choice["finish_reason"] == "stop"
+
+
+def test_echo(http):
+    prompt = "the fox 你好 ran"
+    ids = TOKENIZER.encode(prompt)
+    plain = complete(http, prompt=prompt, max_tokens=5).json()
+    echoed = complete(http, prompt=prompt, max_tokens=5, echo=True).json()
+    assert echoed["choices"][0]["text"] == prompt + plain["choices"][0]["text"] and echoed["usage"] == plain["usage"]
+    assert echoed["choices"][0]["logprobs"] is None
+    assert complete(http, prompt=ids, max_tokens=5, echo=True).json()["choices"] == echoed["choices"]
+    assert (
+        text_of(stream(http, "/v1/completions", prompt=prompt, max_tokens=5, echo=True)) == echoed["choices"][0]["text"]
+    )
+    (scored,) = complete(http, prompt=prompt, max_tokens=2, echo=True, logprobs=2).json()["choices"]
+    check_completion_logprobs(scored, [*ids, *ids[:2]], 2, scored["text"], first_is_null=True)
+    alone = complete(http, prompt=[prompt, "tea"], max_tokens=0, echo=True, logprobs=1, n=2).json()
+    assert [choice["text"] for choice in alone["choices"]] == [prompt, prompt, "tea", "tea"]
+    assert alone["usage"]["completion_tokens"] == 0 and alone["choices"][0]["finish_reason"] == "length"
+    check_completion_logprobs(alone["choices"][0], ids, 1, prompt, first_is_null=True)
+    streamed = stream(http, "/v1/completions", prompt=prompt, max_tokens=0, echo=True, logprobs=1)
+    assert streamed[-1]["choices"][0]["logprobs"] == alone["choices"][0]["logprobs"]
+
+
+def test_logprobs_without_a_tokenizer():
+    with running(model="no-tokenizer") as bare, httpx.Client(base_url=bare.url) as http:
+        (choice,) = complete(http, prompt=[7, 8], max_tokens=2, logprobs=1, echo=True).json()["choices"]
+        assert choice["text"] == " 7 8 7 8" and choice["logprobs"]["tokens"] == [" 7", " 8", " 7", " 8"]
+        assert choice["logprobs"]["text_offset"] == [0, 2, 4, 6]
+
+
+def test_prompts_can_be_cut_and_requests_named(http):
+    answer = complete(http, prompt=[7, 8, 9], truncate_prompt_tokens=2, request_id="mine-1", max_tokens=3).json()
+    assert answer["id"] == "cmpl-mine-1" and answer["usage"]["prompt_tokens"] == 2
+    assert answer["choices"][0]["text"] == TOKENIZER.decode([8, 9, 8])
+    with ThreadPoolExecutor(4) as pool:  # the same name several times at once
+        same = list(pool.map(lambda _: complete(http, request_id="mine-1", max_tokens=30).status_code, range(8)))
+    assert set(same) == {200}
+
+
+def test_an_unfinished_message_goes_on(http):
+    chat = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "Once upon"}]
+    body = {"messages": chat, "max_tokens": 2, "add_generation_prompt": False}
+    closed = http.post("/v1/chat/completions", json=body).json()["usage"]["prompt_tokens"]
+    open_ended = http.post("/v1/chat/completions", json=body | {"continue_final_message": True}).json()
+    rendered = TOKENIZER.render_chat(chat, add_generation_prompt=False)
+    cut = rendered[: rendered.rindex("Once upon") + len("Once upon")]
+    assert open_ended["usage"]["prompt_tokens"] == len(TOKENIZER.encode(cut, add_special_tokens=False)) < closed
+
+
+@pytest.mark.parametrize("text", ["Once upon a time", "你好 👋🏽 naïve", "  two\n\ttabs "])
+def test_tokens_know_their_bytes(text):
+    known = TokenBytes(TOKENIZER)
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    assert b"".join(known[token_id] for token_id in ids).decode() == text
+    assert known.is_special(1) and not any(known.is_special(token_id) for token_id in ids)
+
+
+def test_sentencepiece_tokens_know_their_bytes():
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {"<unk>": 0, "<0xE4>": 1, "<0xBD>": 2, "<0xA0>": 3, "▁": 4, "a": 5, "▁a": 6, "b": 7},
+            [("▁", "a")], byte_fallback=True, unk_token="<unk>", fuse_unk=True,
+        )
+    )  # fmt: skip
+    decoders = tokenizers.decoders
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    known = TokenBytes(Tokenizer(backend))
+    assert [known[i] for i in (1, 2, 3, 5, 6, 7)] == [b"\xe4", b"\xbd", b"\xa0", b"a", b" a", b"b"]
 
 
 # ---- clients that leave, slow ones, many ---------------------------------------------------------------------------

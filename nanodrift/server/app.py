@@ -97,8 +97,8 @@ def build_app(served: Served) -> Guard:
         arrival_s = time.perf_counter()
         served.check(body)
         prompts = await in_thread(encode_prompts, served.tokenizer, body)
-        asked = [body.max_tokens] * len(prompts)
-        limits = [served.max_tokens(prompt, asked[0], DEFAULT_COMPLETION_TOKENS) for prompt in prompts]
+        asked = 1 if body.is_only_echo else body.max_tokens
+        limits = [served.max_tokens(prompt, asked, DEFAULT_COMPLETION_TOKENS) for prompt in prompts]
         return _reply(served, CompletionShape, body, prompts, limits, arrival_s)
 
     @app.post("/v1/chat/completions", responses=EITHER_KIND)

@@ -58,6 +58,8 @@ class Output:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    logprobs: list[list] = field(default_factory=list)  # of token_ids, as plan.Logprobs; empty if not asked for
+    prompt_logprobs: list[list] = field(default_factory=list)  # of the prompt's second token onward, with the first
 
 
 class _Stream:
@@ -292,7 +294,16 @@ class EngineClient:
             raise ValueError(f"unknown frame {kind!r}")
 
     def _on_tokens(
-        self, now_s, request_id, token_ids, finish_reason, stop_reason, num_cached_tokens, queued_s=None
+        self,
+        now_s,
+        request_id,
+        token_ids,
+        finish_reason,
+        stop_reason,
+        num_cached_tokens,
+        queued_s=None,
+        logprobs=(),
+        prompt_logprobs=(),
     ) -> None:
         stream = self._streams.get(request_id)
         if stream is None:
@@ -300,6 +311,8 @@ class EngineClient:
         self._progress_s = now_s
         output = stream.output
         output.token_ids += token_ids
+        output.logprobs += logprobs
+        output.prompt_logprobs += prompt_logprobs
         output.finish_reason, output.stop_reason = finish_reason, stop_reason
         output.num_cached_tokens = max(output.num_cached_tokens, num_cached_tokens)
         if token_ids:

@@ -9,7 +9,8 @@ To the engine:    ["start", {model, config, trace}]                 the first fr
 From the engine:  ["phase", name, share done]                       of the start-up
                   ["ready", {what was loaded}]
                   ["step", [[id, [tokens], finish_reason, stop_reason, num_cached_tokens, queued_s], ...],
-                   stats or null]                                   queued_s: with a first token, else null
+                   stats or null]                                   queued_s: with a first token, else null. Two more
+                                                                    items where asked: logprobs, the prompt's
                   ["refused", id, text]                             this request can never be served
                   ["error", text]                                   the engine is gone after this
 """

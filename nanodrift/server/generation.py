@@ -8,16 +8,18 @@ engine.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from nanodrift.config import SLO
 from nanodrift.request import SamplingParams
 from nanodrift.server.client import EngineClient, EngineDead, QueueFull, RequestRefused
+from nanodrift.server.logprobs import Scored, TokenBytes, scored
 from nanodrift.server.protocol import ApiError, ChatShape, CompletionShape, GenerationBody, usage
 from nanodrift.tokenizer import Detokenizer, Tokenizer
 
@@ -33,6 +35,7 @@ class Piece:
     is_first: bool = False
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    tokens: list[Scored] = field(default_factory=list)  # those whose text came since the last piece, if asked for
 
 
 class IdText:
@@ -45,6 +48,12 @@ class IdText:
 
     def finish(self) -> str:
         return ""
+
+
+@functools.lru_cache(maxsize=4)
+def token_bytes(tokenizer: Tokenizer | None) -> TokenBytes:
+    """One for each model, since it remembers what it has looked up."""
+    return TokenBytes(tokenizer)
 
 
 def queue_full(error: QueueFull) -> ApiError:
@@ -68,7 +77,9 @@ class Generation:
         arrival_s: float,
     ):
         """``prompts`` and ``params`` have an entry for each choice: the ``n`` choices of a prompt stand together."""
-        self.request_id = shape.prefix + uuid.uuid4().hex
+        unique = uuid.uuid4().hex
+        self.request_id = shape.prefix + (body.request_id or unique)
+        self._engine_id = shape.prefix + unique
         self._client, self._tokenizer, self._shape, self._body = client, tokenizer, shape, body
         self._prompts, self._params, self._slo, self._arrival_s = prompts, params, slo, arrival_s
         self._num_tokens = [0] * len(prompts)
@@ -78,14 +89,20 @@ class Generation:
     async def whole(self) -> dict:
         """The answer as one JSON body. Raises ApiError."""
         texts: list[list[str]] = [[] for _ in self._prompts]
+        tokens: list[list[Scored]] = [[] for _ in self._prompts]
         ends: list[Piece | None] = [None] * len(self._prompts)
         async with aclosing(self._merged()) as pieces:
             async for index, piece in pieces:
                 texts[index].append(piece.text)
+                tokens[index] += piece.tokens
                 if piece.finish_reason is not None:
                     ends[index] = piece
+        if self._has_logprobs:
+            logprobs = await asyncio.to_thread(lambda: [self._logprobs_of()(of_choice) for of_choice in tokens])
+        else:
+            logprobs = [None] * len(ends)
         choices = [
-            self._shape.whole_choice(index, "".join(texts[index]), end.finish_reason, end.stop_reason)
+            self._shape.whole_choice(index, "".join(texts[index]), logprobs[index], end.finish_reason, end.stop_reason)
             for index, end in enumerate(ends)
         ]
         head = {"id": self.request_id, "object": self._shape.whole} | self._head
@@ -97,6 +114,7 @@ class Generation:
         has_usage = bool(options and options.include_usage)
         is_continuous = has_usage and bool(options.continuous_usage_stats)
         head = _json({"id": self.request_id, "object": self._shape.chunk} | self._head)
+        logprobs_of = [self._logprobs_of() for _ in self._prompts] if self._has_logprobs else []
 
         def counted(counts: dict | None) -> str:
             return f',"usage":{_json(counts)}' if has_usage else ""
@@ -105,14 +123,32 @@ class Generation:
             async for index, piece in pieces:
                 if not (piece.text or piece.is_first or piece.finish_reason or is_continuous):
                     continue  # everything new is held back
+                logprobs = logprobs_of[index](piece.tokens) if piece.tokens else None
                 chunks = self._shape.chunk_choices(
-                    index, piece.text, piece.is_first, piece.finish_reason, piece.stop_reason
+                    index, piece.text, logprobs, piece.is_first, piece.finish_reason, piece.stop_reason
                 )
                 for choice in chunks:
                     yield _event(head, [choice], counted(self._usage() if is_continuous else None))
         if has_usage:
             yield _event(head, [], counted(self._usage()))
         yield DONE
+
+    @property
+    def _has_logprobs(self) -> bool:
+        return self._params[0].logprobs is not None
+
+    def _logprobs_of(self):
+        """For one choice: its new tokens -> what the answer says of them."""
+        return self._shape.logprobs_of(token_bytes(self._tokenizer), self._body.skip_special_tokens is not False)
+
+    def _echoed(self, index: int) -> str:
+        """The text of a choice's prompt."""
+        asked, prompt = self._body.prompts()[index // (self._body.n or 1)], self._prompts[index]
+        if isinstance(asked, str) and not self._body.truncate_prompt_tokens:
+            return asked
+        if self._tokenizer is None:
+            return IdText().push(prompt)
+        return self._tokenizer.decode(prompt, self._body.skip_special_tokens is not False)
 
     def _usage(self) -> dict:
         """A prompt counts once, however many choices it has."""
@@ -152,7 +188,7 @@ class Generation:
 
     async def _pieces(self, index: int) -> AsyncIterator[Piece]:
         """One choice's text, up to its stop string or stop token (not shown, unless asked for) or its last token."""
-        engine_id = f"{self.request_id}-{index}" if len(self._prompts) > 1 else self.request_id
+        engine_id = f"{self._engine_id}-{index}" if len(self._prompts) > 1 else self._engine_id
         prompt, params, body = self._prompts[index], self._params[index], self._body
         include_stop = bool(body.include_stop_str_in_output)
         text = IdText()
@@ -167,14 +203,34 @@ class Generation:
             )
         wire_params = asdict(params) | {"stop": None}  # stop strings are this side's business
         outputs = self._client.generate(
-            engine_id, prompt, wire_params, slo=self._slo, arrival_s=self._arrival_s, cache_salt=body.cache_salt
+            engine_id,
+            prompt,
+            wire_params,
+            slo=self._slo,
+            arrival_s=self._arrival_s,
+            cache_salt=body.cache_salt,
+            priority=body.priority or 0,
         )
+        must_echo = self._shape is CompletionShape and bool(body.echo)
+        pending: list[Scored] = []  # their text has not been shown yet
         try:
             async with aclosing(outputs):
                 async for output in outputs:
                     is_first = self._num_tokens[index] == 0
                     self._num_cached[index] = output.num_cached_tokens
-                    shown = self._show(index, text, output.token_ids, output.finish_reason == "stop", include_stop)
+                    shown = ""
+                    if must_echo and output.token_ids:
+                        must_echo, shown = False, self._echoed(index)
+                        if self._has_logprobs and len(output.prompt_logprobs) == len(prompt) - 1:
+                            pending = [Scored(prompt[0], None), *scored(prompt[1:], output.prompt_logprobs)]
+                    if body.is_only_echo:
+                        yield Piece(shown, 0, is_first, "length", None, pending)
+                        return
+                    hides_last = output.finish_reason == "stop" and not include_stop
+                    text_of_tokens, num_taken = self._show(index, text, output.token_ids, hides_last)
+                    shown += text_of_tokens
+                    if output.logprobs:
+                        pending += scored(output.token_ids[:num_taken], output.logprobs[:num_taken])
                     if output.finish_reason is not None:
                         shown += text.finish()
                     reason, stop_reason = output.finish_reason, output.stop_reason
@@ -183,7 +239,10 @@ class Generation:
                         self._client.abort(engine_id, reason, stop_reason)
                     if reason == "stop" and stop_reason in self._client.info.get("eos_token_ids", ()):
                         stop_reason = None  # the model's own end is no news
-                    yield Piece(shown, self._num_tokens[index], is_first, reason, stop_reason)
+                    tokens = []
+                    if shown or reason is not None:
+                        tokens, pending = pending, []
+                    yield Piece(shown, self._num_tokens[index], is_first, reason, stop_reason, tokens)
                     if reason is not None:
                         return
         except QueueFull as error:
@@ -193,17 +252,18 @@ class Generation:
         except EngineDead as error:
             raise ApiError(500, str(error), kind="server_error", code="engine_dead") from error
 
-    def _show(self, index: int, text, token_ids: list[int], ends_in_stop_token: bool, include_stop: bool) -> str:
-        """Text of new tokens, counting them up to the one that completed a stop string."""
-        num_shown = len(token_ids) - (ends_in_stop_token and not include_stop)
-        shown = ""
+    def _show(self, index: int, text, token_ids: list[int], hides_last: bool) -> tuple[str, int]:
+        """Text of new tokens, counting them up to the one that completed a stop string; and how many were let in."""
+        num_shown = len(token_ids) - hides_last
+        shown, num_taken = "", 0
         for position, token_id in enumerate(token_ids):
             self._num_tokens[index] += 1
             if position < num_shown:
                 shown += text.push([token_id])
+                num_taken += 1
             if text.stopped_by is not None:
                 break
-        return shown
+        return shown, num_taken
 
 
 def _json(content) -> str:

@@ -7,12 +7,14 @@ nothing about the engine: ``sampling`` turns a body into SamplingParams, which d
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanodrift.config import SLO
-from nanodrift.request import SamplingParams
+from nanodrift.request import MAX_LOGPROBS, SamplingParams
+from nanodrift.server.logprobs import CompletionLogprobs, Scored, TokenBytes, chat_logprobs
 
 log = logging.getLogger("nanodrift.server")
 
@@ -27,19 +29,19 @@ SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: multiples of it l
 DEFAULT_COMPLETION_TOKENS = 16
 ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"developer": "system"}
 
-# Known fields that are not honoured yet, each with the values that ask for nothing. Null is always one of them.
+# Known fields that are not honoured, or not by this kind of request, each with the values that ask for nothing. Null is
+# always one of them.
 NOT_HONOURED: dict[str, tuple] = {
+    "prompt": (),
+    "messages": (),
+    "max_completion_tokens": (),
+    "add_special_tokens": (False,),  # of a chat: its template writes them
     "best_of": (1,),
     "use_beam_search": (False,),
-    "logprobs": (False,),
-    "top_logprobs": (),
+    "top_logprobs": (0,),
     "prompt_logprobs": (),
     "echo": (False,),
     "suffix": ("",),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -54,19 +56,20 @@ NOT_HONOURED: dict[str, tuple] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "truncate_prompt_tokens": (),
     "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "documents": ([],),
-    "priority": (0,),
     "allowed_token_ids": (),
     "bad_words": ([],),
 }
 # Fields that ask for nothing of the engine.
-HARMLESS = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "request_id", "safety_identifier"}
+HARMLESS = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier"}
+# What a request may tell a chat template.
+TEMPLATE_VARIABLES = {"enable_thinking": bool, "thinking": bool, "date_string": str}
 # Fields of several types: what pydantic says of each type in turn is no help to anyone.
 UNION_FIELDS = {
     "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
@@ -134,6 +137,13 @@ class GenerationBody(BaseModel):
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    truncate_prompt_tokens: Annotated[int | None, Field(ge=1)] = None  # this many, from the end
+    request_id: Annotated[str | None, Field(min_length=1, max_length=128, pattern=r"^[\w.:-]+$")] = None
+    priority: Annotated[int | None, Field(ge=-(2**31), lt=2**31)] = None  # lower goes first
     slo: SloBody | None = None
     cache_salt: Annotated[str | None, Field(min_length=1, max_length=256)] = None  # cached prefixes are its own
 
@@ -147,9 +157,14 @@ class GenerationBody(BaseModel):
                 _logged_fields.add(name)
                 log.warning("request field %.80r is not known and is ignored", name)
 
+    def truncated(self, prompt: list[int]) -> list[int]:
+        return prompt[-self.truncate_prompt_tokens :] if self.truncate_prompt_tokens else prompt
+
     def sampling(self, max_tokens: int) -> SamplingParams:
         """Raises ApiError, in the words of SamplingParams."""
-        asked = {
+        if not all(key.isascii() and key.isdigit() and len(key) <= 10 for key in self.logit_bias or ()):
+            raise ApiError(400, "`logit_bias` must map token ids to numbers", param="logit_bias")
+        asked = self.logprobs_asked() | {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": 0 if self.top_k == -1 else self.top_k,  # vLLM's way to say off
@@ -159,6 +174,10 @@ class GenerationBody(BaseModel):
             "stop": self.stop,
             "stop_token_ids": self.stop_token_ids,
             "ignore_eos": self.ignore_eos,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self.logit_bias,
         }
         try:
             params = SamplingParams(max_tokens=max_tokens, **{k: v for k, v in asked.items() if v is not None})
@@ -178,6 +197,16 @@ class GenerationBody(BaseModel):
 class CompletionBody(GenerationBody):
     prompt: str | Texts | TokenIds | list[TokenIds]
     add_special_tokens: bool | None = None
+    logprobs: int | None = None
+    echo: bool | None = None
+
+    @property
+    def is_only_echo(self) -> bool:
+        """True if nothing is to follow the prompt: the engine draws one token all the same, which is not shown."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def logprobs_asked(self) -> dict[str, int | None]:
+        return {"logprobs": self.logprobs, "prompt_logprobs": self.logprobs if self.echo else None}
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one for each choice to come."""
@@ -220,6 +249,38 @@ class Message(BaseModel):
 class ChatBody(GenerationBody):
     messages: list[Message]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    is_only_echo: ClassVar[bool] = False
+
+    def logprobs_asked(self) -> dict[str, int | None]:
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+            message = f"top_logprobs must lie between 0 and {MAX_LOGPROBS}, got {self.top_logprobs}"
+            raise ApiError(400, message, param="top_logprobs")
+        return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+
+    def template_options(self) -> dict[str, Any]:
+        """What the chat template is told beside the messages. Raises ApiError."""
+        options = self.chat_template_kwargs or {}
+        for name, value in options.items():
+            kind = TEMPLATE_VARIABLES.get(name)
+            if kind is None or not isinstance(value, kind) or len(str(value)) > 100:
+                known = ", ".join(f"{name} ({kind.__name__})" for name, kind in TEMPLATE_VARIABLES.items())
+                raise ApiError(400, f"`chat_template_kwargs` may hold {known}", param="chat_template_kwargs")
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "`continue_final_message` and `add_generation_prompt` cannot both be true"
+            raise ApiError(400, message, param="continue_final_message")
+        if self.continue_final_message and (not self.messages or self.messages[-1].role != "assistant"):
+            message = "`continue_final_message` needs a last message of the assistant's"
+            raise ApiError(400, message, param="continue_final_message")
+        has_prompt = not self.continue_final_message and self.add_generation_prompt is not False
+        return options | {"add_generation_prompt": has_prompt}
 
 
 class TokenizeBody(BaseModel):
@@ -304,24 +365,30 @@ def usage(num_prompt: int, num_output: int, num_cached: int) -> dict:
 
 
 class CompletionShape:
-    """How /v1/completions answers."""
+    """How /v1/completions answers. ``logprobs`` are what ``logprobs_of`` makes of the tokens that are new."""
 
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
     @staticmethod
-    def whole_choice(index: int, text: str, finish_reason: str, stop_reason) -> dict:
+    def logprobs_of(known: TokenBytes, skips_special: bool) -> Callable[[list[Scored]], dict]:
+        return CompletionLogprobs(known, skips_special).take
+
+    @staticmethod
+    def whole_choice(index: int, text: str, logprobs: dict | None, finish_reason: str, stop_reason) -> dict:
         return {
             "index": index,
             "text": text,
-            "logprobs": None,
+            "logprobs": logprobs,
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
 
     @staticmethod
-    def chunk_choices(index: int, text: str, is_first: bool, finish_reason: str | None, stop_reason) -> list[dict]:
+    def chunk_choices(
+        index: int, text: str, logprobs: dict | None, is_first: bool, finish_reason: str | None, stop_reason
+    ) -> list[dict]:
         """The choices of the chunks that carry this piece, one chunk each."""
-        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
         return [choice if finish_reason is None else choice | {"stop_reason": stop_reason}]
 
 
@@ -331,23 +398,28 @@ class ChatShape:
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     @staticmethod
-    def whole_choice(index: int, text: str, finish_reason: str, stop_reason) -> dict:
+    def logprobs_of(known: TokenBytes, skips_special: bool) -> Callable[[list[Scored]], dict]:
+        return lambda tokens: chat_logprobs(tokens, known)
+
+    @staticmethod
+    def whole_choice(index: int, text: str, logprobs: dict | None, finish_reason: str, stop_reason) -> dict:
         return {
             "index": index,
             "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
+            "logprobs": logprobs,
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
 
     @staticmethod
-    def chunk_choices(index: int, text: str, is_first: bool, finish_reason: str | None, stop_reason) -> list[dict]:
+    def chunk_choices(
+        index: int, text: str, logprobs: dict | None, is_first: bool, finish_reason: str | None, stop_reason
+    ) -> list[dict]:
         """The choices of the chunks that carry this piece, one chunk each."""
-        deltas = [{"role": "assistant", "content": ""}] if is_first else []
-        if text or (finish_reason is None and not is_first):
-            deltas.append({"content": text})
-        choices = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
+        empty = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
+        choices = [empty | {"delta": {"role": "assistant", "content": ""}}] if is_first else []
+        if text or logprobs or (finish_reason is None and not is_first):
+            choices.append(empty | {"delta": {"content": text}, "logprobs": logprobs})
         if finish_reason is not None:
-            last = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
-            choices.append(last | {"stop_reason": stop_reason})
+            choices.append(empty | {"finish_reason": finish_reason, "stop_reason": stop_reason})
         return choices

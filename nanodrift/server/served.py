@@ -137,6 +137,7 @@ def encode_prompts(tokenizer: Tokenizer | None, body: CompletionBody) -> list[li
             if tokenizer is None:
                 raise ApiError(400, "this model has no tokenizer: send the prompt as token ids", param="prompt")
             prompt = tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+        prompt = body.truncated(prompt)
         if not prompt:
             raise ApiError(400, "the prompt is empty: at least one token is needed", param="prompt")
         encoded.append(prompt)
@@ -146,4 +147,18 @@ def encode_prompts(tokenizer: Tokenizer | None, body: CompletionBody) -> list[li
 def encode_chat(tokenizer: Tokenizer | None, body: ChatBody) -> list[int]:
     if tokenizer is None:
         raise ApiError(400, "this model has no tokenizer: use /v1/completions with token ids", param="messages")
-    return tokenizer.encode_chat(plain_messages(body.messages))
+    messages, options = plain_messages(body.messages), body.template_options()
+    if body.continue_final_message:
+        prompt = tokenizer.encode(open_ended(tokenizer.render_chat(messages, **options), messages), False)
+    else:
+        prompt = tokenizer.encode_chat(messages, **options)
+    return body.truncated(prompt)
+
+
+def open_ended(rendered: str, messages: list[dict]) -> str:
+    """A rendered chat up to the end of its last message's content, so that the answer goes on from there."""
+    final = messages[-1]["content"].strip()
+    start = rendered.rfind(final)
+    if not final or start < 0:
+        raise ChatError("the last message is empty, or the chat template changes it: it cannot be continued")
+    return rendered[: start + len(final)]
