@@ -5,6 +5,7 @@ import sys
 
 OWN_COMMAND_LINES = {  # modes with a parser of their own; explain, sim and a simulated sweep need no torch
     "explain": "explain",
+    "timeline": "timeline",
     "sim": "simulate",
     "sweep": "sweep",
     "calibrate": "calibrate",

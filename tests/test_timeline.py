@@ -83,9 +83,9 @@ def test_what_is_not_known_has_no_line():
     text = "\n".join(residency.block(engine.stats()))
     assert "watts" not in text and "Predicted" not in text and "fused, whole chip" in text
     seen = {"decode": {"error_p95": 0.05, "violations": 0.01, "guarded_over_actual": 1.1}}
-    power = {"watts": 650.0, "sm_mhz": 1500.0, "joules_total": 100.0}
-    text = "\n".join(residency.block(engine.stats() | power, predictions=seen))
-    assert "5.0%, 1.00%, 1.10" in text and "1500, 650" in text
+    power = {"watts": 650.0, "sm_mhz": 1500.0, "joules": 100.0, "tokens_per_joule": 12.34}
+    text = "\n".join(residency.block(engine.stats(), predictions=seen, power=power))
+    assert "5.0%, 1.00%, 1.10" in text and "1500, 650; 12.3" in text
 
 
 def test_a_cpu_says_that_it_has_no_partitions():

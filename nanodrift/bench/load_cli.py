@@ -39,6 +39,7 @@ from nanodrift.bench.policies import parse_all
 from nanodrift.bench.targets import EngineTarget, SimTarget
 from nanodrift.config import SLO
 from nanodrift.dispatch import Mode
+from nanodrift.server.trace import Trace
 
 SEARCH_DRAIN_S = 60.0  # of a goodput search: what is not done a minute after the last arrival is a miss
 MODES = ("serve", "run", "goodput", "compare", "plot")
@@ -50,7 +51,10 @@ def add_modes(modes, about: argparse.ArgumentParser, common: argparse.ArgumentPa
     load, server = load_options(), server_options()
     serve = modes.add_parser("serve", parents=[about, server, load], help="load on a server, by URL")
     serve.add_argument("--seed", type=int, default=0)
-    modes.add_parser("run", parents=[common, load], help="the same load on the engine in this process")
+    run = modes.add_parser("run", parents=[common, load], help="the same load on the engine in this process")
+    run.add_argument(
+        "--timeline", type=Path, metavar="FILE", help="what ran when, for ui.perfetto.dev and for timeline"
+    )
     find = modes.add_parser("goodput", parents=[common, server, load], help="highest rate with the promises kept")
     find.add_argument("--seeds", type=int, default=3, metavar="N", help="runs at each rate")
     find.add_argument("--tolerance", type=positive, default=0.05, metavar="X", help="width of the final bracket")
@@ -191,10 +195,14 @@ class InProcess:
         settings = run_options(options) | {"num_ids": min(options["vocab_size"], self.target.vocab_size)}
         settings["drain_s"] = options["drain_s"] if options["drain_s"] is not None else math.inf
         self.engine = self.target.engine_for(self.spec, self.slo)
+        trace = Trace(self.engine) if options.get("timeline") else None
         with self.target.power() as power:
             records = run_workload(
                 self.engine, workload, rate, seed, **settings, slo=self.slo, encode=self.target.encode, **more
             )
+        if trace is not None:
+            samples = () if self.target.is_simulated else power.timed()
+            trace.write(options["timeline"], samples, simulated=self.target.is_simulated, policy=self.spec.text)
         tokens = sum(record.num_prompt_tokens + len(record.token_s) for record in records)
         self.power = power.figures(tokens)
         return records
@@ -204,8 +212,8 @@ class InProcess:
         return {
             "policy": self.spec.text,
             "stats": stats,
-            "policy_figures": residency.figures(stats, predictions=predictions) | self.power,
-            "policy_block": residency.block(stats, predictions=predictions),
+            "policy_figures": residency.figures(stats, predictions=predictions, power=self.power),
+            "policy_block": residency.block(stats, predictions=predictions, power=self.power),
         }
 
     def close(self) -> None:

@@ -100,6 +100,7 @@ class PowerLog:
 
     def __init__(self, device: torch.device):
         self.samples: list[tuple[float, float]] = []
+        self.sampled_s: list[float] = []  # when, by time.perf_counter
         self.joules: float | None = None
         self._read, self._interval_s = _power_reader(device) if device.type == "cuda" else (None, 0.0)
         self._energy = _energy_reader(device) if device.type == "cuda" else None
@@ -127,11 +128,16 @@ class PowerLog:
         while not self._stop.wait(self._interval_s):
             with contextlib.suppress(Exception):  # a sample lost is no reason to stop a measurement
                 self.samples.append(self._read())
+                self.sampled_s.append(time.perf_counter())
 
     def medians(self) -> dict:
         if not self.samples:
             return {"sm_mhz": None, "watts": None}
         return {"sm_mhz": median(s[0] for s in self.samples), "watts": median(s[1] for s in self.samples)}
+
+    def timed(self) -> list[tuple[float, float, float]]:
+        """(seconds, MHz, W) of every sample."""
+        return [(at_s, *sample) for at_s, sample in zip(self.sampled_s, self.samples, strict=False)]
 
     def figures(self, num_tokens: int) -> dict:
         """The medians, and how many of the run's tokens a joule paid for; after the ``with`` block."""

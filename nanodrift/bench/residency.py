@@ -2,7 +2,8 @@
 
 ``figures(stats)`` makes a flat dict out of Engine.stats() that goes into a result's JSON; ``block(stats)`` the lines
 that people read. Pass the stats from before a run as ``before``, so that its warm-up does not count. What the run does
-not know (watts on a CPU, predictions without a cost model) is left out, never zero.
+not know (watts on a CPU, predictions without a cost model) is left out, never zero. ``power``: sm_mhz, watts, joules,
+tokens_per_joule, as machine.PowerLog gives them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ LANES = ("decode", "prefill")
 WIDTH = 50
 
 
-def figures(stats: dict, before: dict | None = None, predictions: dict | None = None) -> dict:
+def figures(
+    stats: dict, before: dict | None = None, predictions: dict | None = None, power: dict | None = None
+) -> dict:
     """Shares of the time the device worked, by mode; bubble ratios by lane; counts; ms; errors of the predictions."""
     before = before or {}
 
@@ -33,18 +36,14 @@ def figures(stats: dict, before: dict | None = None, predictions: dict | None = 
     merges = grown("merges_total")
     result |= {name: grown(f"{name}_total") for name in ("repartitions", "unmeetable_steps", "merges")}
     result |= {"mean_merge_gap_ms": 1e3 * grown("merge_gap_seconds_total") / merges if merges else None}
-    result |= {"predictions": predictions or {}}
-    if "joules_total" in stats:
-        result["joules"] = joules = grown("joules_total")
-        tokens = grown("prompt_tokens_total") + grown("generation_tokens_total")
-        result |= {"watts": stats["watts"], "sm_mhz": stats["sm_mhz"]}
-        result |= {"tokens_per_joule": tokens / joules if joules else None}
-    return result
+    return result | {"predictions": predictions or {}} | (power or {})
 
 
-def block(stats: dict, before: dict | None = None, predictions: dict | None = None) -> list[str]:
+def block(
+    stats: dict, before: dict | None = None, predictions: dict | None = None, power: dict | None = None
+) -> list[str]:
     """For the end of a table: no line for what is not known."""
-    found = figures(stats, before, predictions)
+    found = figures(stats, before, predictions, power)
     lines = ["Policy".center(WIDTH, "-")]
 
     def add(label: str, text: str) -> None:
@@ -63,7 +62,7 @@ def block(stats: dict, before: dict | None = None, predictions: dict | None = No
     for kind, seen in found["predictions"].items():
         text = f"{seen['error_p95']:.1%}, {seen['violations']:.2%}, {seen['guarded_over_actual']:.2f}"
         add(f"Predicted {kind}: P95 off, late, guard", text)
-    if "joules" in found:
-        per_joule = f"{found['tokens_per_joule']:.1f}" if found["tokens_per_joule"] else "-"
-        add("SM MHz, watts at the end; tokens per J", f"{found['sm_mhz']:.0f}, {found['watts']:.0f}; {per_joule}")
+    if found.get("watts") is not None:
+        per_joule = f"{found['tokens_per_joule']:.1f}" if found.get("tokens_per_joule") else "-"
+        add("SM MHz, watts (median); tokens per J", f"{found['sm_mhz']:.0f}, {found['watts']:.0f}; {per_joule}")
     return lines
