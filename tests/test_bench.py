@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from nanodrift.bench import cli, machine, offline, tables
+from nanodrift.bench import cli, first_look, machine, offline, tables
 from nanodrift.bench.roofline import Ceilings, Load, decode_load, layer_weights, prefill_load
 from nanodrift.config import EngineConfig, ModelConfig, RopeConfig
 from nanodrift.startup import load_engine
@@ -156,7 +156,7 @@ def test_the_whole_command(capsys, tmp_path):
         "--num-prompts 3 --input-len 16 --output-len 4 --prefill 32 2x16 --batches 1 2 --context 32 --decode-steps 8"
     )
     rest = f"--repeats 2 --device cpu --max-model-len 256 --label smoke --metadata git=abc --output {path}"
-    assert cli.main([*sizes.split(), *rest.split()]) == 0
+    assert cli.main([*sizes.split(), *rest.split(), "--no-sweep"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])
     assert result == json.loads(path.read_text())
@@ -166,6 +166,23 @@ def test_the_whole_command(capsys, tmp_path):
     assert all(row["ms"] > 0 and row["roofline_ms"] > 0 for row in result["prefill"] + result["decode"])
     assert result["engine"]["max_model_len"] == 256 and result["stats"]["num_requests_running"] == 0
     assert "decode step" in err and "decode step" not in out
+
+
+def test_without_a_mode_it_ends_in_a_table_a_plot_and_a_json_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(first_look, "FOLDER", tmp_path)
+    small = ("--num-prompts", "8", "--rates", "4,8", "--workers", "1")
+    monkeypatch.setattr(first_look, "SIMULATED", (*first_look.SIMULATED, *small))
+    sizes = "--num-prompts 2 --input-len 8 --output-len 3 --prefill 16 --batches 1 --context 16 --decode-steps 4"
+    for _ in range(2):  # the second replaces what the first left
+        assert cli.main([*sizes.split(), "--device", "cpu", "--repeats", "1", "--max-model-len", "64"]) == 0
+        out, err = capsys.readouterr()
+        lines = out.splitlines()
+        result = json.loads(lines[-1])
+        rows = [line for line in lines if line.endswith("SIMULATED")]
+        assert len(rows) == len(result["sweep"]["points"]) == 10 and result["completed"] == 2
+        assert len({row.split()[0] for row in rows}) == 5 and result["sweep"]["simulated"]
+        assert (tmp_path / "attainment.png").exists() and str(tmp_path / "attainment.png") in err
+        assert "decode step" in err and "next:" in err
 
 
 def test_mistakes_end_with_a_sentence(capsys):

@@ -195,7 +195,7 @@ def test_policies_are_read():
     assert specs[1].modes == (Mode.FUSED, Mode.EXCLUSIVE)
     assert [spec.side_by_side for spec in specs[:3]] == [True, True, False] and specs[2].modes == tuple(Mode)
     assert (specs[3].budget_tokens, specs[5].decode_sms) == (64, 48)
-    assert [spec.sees_tbt for spec in specs] == [True, True, True, False, True, False]
+    assert [spec.sees_tbt for spec in specs] == [True, True, True, False, True, True]
 
 
 @pytest.mark.parametrize("text", ["chunked:0", "chunked:x", "mux:all", "turns:3", "static:"])

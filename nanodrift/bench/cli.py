@@ -1,9 +1,11 @@
 """The command line of bench.py: loads an engine, measures, prints tables to stderr and one JSON line to stdout.
 
-    python bench.py                      throughput and latency of the embedded model on the device found
+    python bench.py                      no GPU: the embedded model on this CPU, then five policies on a simulated H200;
+                                         a GPU: both measured there, on dummy Llama-3-8B weights
     python bench.py throughput           offline: all prompts at once, fixed lengths
     python bench.py latency              prefill by length and decode step by batch, each beside its roofline
-    python bench.py explain | sim        the scheduler on a simulated H200: its decisions; policies side by side
+    python bench.py sweep | sim          policies x rates x promises in one process; the same on a simulated H200
+    python bench.py explain              the scheduler on a simulated H200: each decision as a line
     python bench.py serve | run          a workload or trace on a server, or on the engine in this process
     python bench.py goodput              the highest request rate with the latency promises kept
     python bench.py compare | plot       two runs side by side; figures
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from statistics import fmean, median
 
@@ -25,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nanodrift.bench import load_cli, machine, offline, tables
+from nanodrift.bench import first_look, load_cli, machine, offline, tables
 from nanodrift.bench.options import about_options, add_engine_options
 from nanodrift.bench.roofline import Ceilings, Load, decode_load, prefill_load
 from nanodrift.config import ConfigError, EngineConfig
@@ -68,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     modes.add_parser("throughput", parents=[common, offline_load], help="offline tokens per second")
     modes.add_parser("latency", parents=[common, shapes], help="prefill and decode step times")
     load_cli.add_modes(modes, about, common)
+    parser.add_argument("--no-sweep", action="store_true", default=argparse.SUPPRESS, help="no policies")
     check = modes.add_parser("tables", help="README.md from results/")
     check.add_argument("--check", action="store_true", help="change nothing; fail if README.md is out of date")
     return parser
@@ -82,7 +86,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if mode in load_cli.MODES:
             return load_cli.main(mode, options, console)
-        result = measure(mode, options, console)
+        if mode == "smoke" and "no_sweep" not in options:
+            result = first_look.main(options, console)
+        else:
+            result = measure(mode, options, console)
     except (ConfigError, ValueError) as error:
         console.print(f"[red]bench.py:[/] {error}", highlight=False)
         return 2
@@ -93,8 +100,11 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if "error" in result else 0
 
 
-def measure(mode: str, options: dict, console: Console) -> dict:
-    """Loads the engine, runs one mode and returns the result; prints tables on the way."""
+def measure(mode: str, options: dict, console: Console, then: Callable[[LoadedEngine], dict] | None = None) -> dict:
+    """Loads the engine, runs one mode and returns the result; prints tables on the way.
+
+    What ``then`` makes of the engine before it is closed joins the result.
+    """
     names = {field.name for field in fields(EngineConfig)}
     given = {k: v for k, v in options.items() if k in names}
     config = EngineConfig.from_options(**({"prefix_caching": False} | given))  # every token asked for is computed
@@ -128,8 +138,11 @@ def measure(mode: str, options: dict, console: Console) -> dict:
             if not isinstance(error, ValueError):
                 console.print_exception()
         result["stats"] = loaded.engine.stats()
-        loaded.engine.close()
     show(result, console)
+    try:
+        result |= then(loaded) if then is not None and "error" not in result else {}
+    finally:
+        loaded.engine.close()
     if "error" in result:
         console.print(f"[red]bench.py: stopped early:[/] {result['error']}", highlight=False)
     return result | dict(options.get("metadata", ()))

@@ -5,8 +5,8 @@
     mux:sequential          the two attentions of a fused step after each other, never side by side; also with modes
     chunked:512             every step one fused batch of 512 tokens
     chunked-auto            the same, sized by the estimator
-    static:32               32 SMs decode, the others prefill, for good
-    overlap:32              two plain streams, grids limited likewise
+    static:32               32 SMs decode, the others prefill, for good; without a number the best by the cost profile
+    overlap:32              the same on plain streams: grids limited likewise, SMs left to the hardware
     prefill-first | turns   nothing to set
 
 Knows no machine: costs, guard and partitions arrive as arguments. Imports no torch.
@@ -24,7 +24,7 @@ from nanodrift.plan import Partition
 SEQUENTIAL = "sequential"
 SET_BY_TOKENS, SET_BY_SMS = ("chunked",), ("static", "overlap")
 # What these do does not depend on the TBT that was promised: one run can be judged by any.
-BLIND_TO_TBT = (*SET_BY_TOKENS, *SET_BY_SMS, "prefill-first", "turns")
+BLIND_TO_TBT = (*SET_BY_TOKENS, "prefill-first", "turns")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PolicySpec:
     modes: tuple[Mode, ...] = tuple(Mode)
     side_by_side: bool = True
     budget_tokens: int = 512
-    decode_sms: int = 32
+    decode_sms: int = 0
 
     @property
     def sees_tbt(self) -> bool:

@@ -48,7 +48,7 @@ from nanodrift.bench.workloads import Workload
 from nanodrift.config import SLO, ConfigError
 from nanodrift.metrics import percentile
 
-FIVE_POLICIES = "mux,chunked-auto,chunked:512,static:32,turns"
+FIVE_POLICIES = "mux,chunked-auto,chunked:512,prefill-first,static"
 KNEE_PROMPTS = 24  # all at once: enough to fill the prefill lane for seconds
 TO_POINTS = ("cdf", "notes", "warnings", "error_counts")  # kept in points.jsonl, not printed
 
@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--time-limit-s", type=positive, default=math.inf, metavar="S", help="begin no point after so long")
     add("--workers", type=int, metavar="N", help="processes of a simulated sweep; default: the cores")
+    parser.set_defaults(workload="sharegpt", drain_s=60.0)
     add("--output", type=Path, metavar="DIR", help="keep every point there")
     add("--resume", type=Path, metavar="DIR", help="go on with a sweep of the same conditions")
     return parser
@@ -163,12 +164,22 @@ class Sweep:
 
         return [cell for cell in self.cells if not is_there(cell)]
 
-    def run(self) -> int:
+    def run(self, target=None) -> int:
+        """Measures what is missing, on ``target`` or on what the options name; prints rows and a JSON line.
+
+        Returns 0, 1 if a cell failed, 130 if it was interrupted.
+        """
+        code, result = self.measure(target)
+        self._print_end(result)
+        return code
+
+    def measure(self, target=None) -> tuple[int, dict]:
+        """(exit code, summary), with the rows printed. Closes a target that it made itself."""
         started_s = time.monotonic()
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to stop, it keeps what it has
         is_interrupted = False
         with nullcontext() if self.is_simulated else self.console.status("loading and warming up"):
-            self.target = target_of(self.options, self.specs)
+            self.target = target or target_of(self.options, self.specs)
         try:
             for spec in self.specs:
                 self.target.engine_for(spec, SLO(tbt_ms=self.tbts_ms[0]))  # mistakes come before the first line
@@ -186,10 +197,9 @@ class Sweep:
             is_interrupted = True
         finally:
             signal.signal(signal.SIGTERM, before)
-            self.target.close()
-        result = self._write_summary(is_interrupted)
-        self._print_end(result)
-        return 130 if is_interrupted else 1 if self.failures else 0
+            if target is None:
+                self.target.close()
+        return 130 if is_interrupted else 1 if self.failures else 0, self._write_summary(is_interrupted)
 
     def _measured(self, todo: list[Cell], started_s: float):
         """The points of each cell in turn, with their lists over requests."""

@@ -59,6 +59,8 @@ class SimTarget:
         }
 
     def engine_for(self, spec: PolicySpec, slo: SLO) -> Engine:
+        if spec.name == "overlap":
+            raise ConfigError("overlap leaves SMs to the hardware, which the simulated machine has no model of")
         return self.machine.engine(spec, slo)
 
     def power(self):
@@ -73,20 +75,23 @@ class EngineTarget:
 
     is_simulated = False
 
-    def __init__(self, options: dict, policies: list[PolicySpec] | None = None):
+    def __init__(self, options: dict, policies: list[PolicySpec] | None = None, loaded=None):
+        """Loads the model, unless somebody has: then ``options`` must be what it was loaded with."""
         from nanodrift.bench import machine, offline
         from nanodrift.startup import load_engine, resolve_device
 
         names = {field.name for field in fields(EngineConfig)}
         given = {k: v for k, v in options.items() if k in names}
-        if policies:  # all of a sweep: the device is divided for every one of them
-            given |= {"policy": "auto"}
-            sms = [spec.decode_sms for spec in policies if ":" in spec.text and spec.name in ("static", "overlap")]
+        if policies:  # the device is divided for every one of them
+            given["policy"] = "overlap" if all(spec.name == "overlap" for spec in policies) else "auto"
+            sms = [spec.decode_sms for spec in policies if spec.decode_sms]
             given |= {"decode_sms": sms[0]} if sms else {}
         self.config = EngineConfig.from_options(**given)
         self.device = resolve_device(self.config.device)
-        self.loaded = load_engine(options.get("model"), self.config)
-        offline.throughput(self.loaded.engine, num_prompts=2, input_len=32, output_len=4, seed=self.config.seed + 1)
+        self.loaded = loaded
+        if loaded is None:
+            self.loaded = load_engine(options.get("model"), self.config)
+            offline.throughput(self.loaded.engine, num_prompts=2, input_len=32, output_len=4, seed=self.config.seed + 1)
         self.encode = self.loaded.tokenizer.encode if self.loaded.tokenizer is not None else None
         self.seed, self.max_model_len = self.config.seed, self.loaded.max_model_len
         self.vocab_size = self.loaded.model_config.vocab_size
@@ -120,6 +125,8 @@ class EngineTarget:
                 f"policy {spec.text!r} divides the SMs of a GPU, which {executor.device_name} cannot: "
                 "take mux:fused+exclusive, chunked:TOKENS, prefill-first or turns, or --device sim"
             )
+        if spec.name == "overlap" and self.config.policy != "overlap":
+            raise ConfigError("overlap needs plain streams: sweep it alone, then --resume the folder of the others")
         cost, guard = copy.deepcopy((loaded.cost, loaded.guard))  # what one run learns is not handed to the next
         scheduler = Scheduler(
             num_blocks=executor.num_blocks,
