@@ -50,7 +50,7 @@ def launches(num_sms: int, every: bool):
     """(name, function that launches a kernel) for Llama-8B shapes; with ``every``, all shipped configurations."""
     import torch
 
-    from nanodrift.kernels import attn_decode, attn_prefill, gemm, gemm_skinny, rmsnorm, rope, sample, swiglu
+    from nanodrift.kernels import attn_decode, attn_prefill, gemm, gemm_skinny, penalties, rmsnorm, rope, sample, swiglu
     from nanodrift.kernels import filter as filters
 
     bf16, int32 = torch.bfloat16, torch.int32
@@ -102,6 +102,9 @@ def launches(num_sms: int, every: bool):
     def ban_case():
         filters.ban_tokens(logits, rows, rows, ints(4, 16), rows)
 
+    def penalize_case():
+        penalties.penalize(logits, rows, wide(4, 3), torch.zeros((4, 128256), dtype=torch.int16))
+
     cases = [
         ("rmsnorm C=4096", norm_case(4, 4096)),
         ("add_rmsnorm C=4096 S=4", norm_case(4, 4096, 4)),
@@ -115,6 +118,7 @@ def launches(num_sms: int, every: bool):
         ("sample V=128256", sample_case),
         ("filter_logits V=128256", filter_case),
         ("ban_tokens", ban_case),
+        ("penalize V=128256", penalize_case),
     ]
     if not every:
         return cases

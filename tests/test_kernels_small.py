@@ -1,6 +1,6 @@
-"""rmsnorm.py, rope.py, filter.py and sample.py: kernels in Triton's interpreter against their references, and those
-against independent formulas (transformers' modules, sorting, statistics). ``-m gpu`` repeats the comparison in bf16 at
-Llama-8B sizes. The interpreter's bf16 is wrong, so fp32 and fp16 stand in for it here.
+"""rmsnorm.py, rope.py, filter.py, penalties.py and sample.py: kernels in Triton's interpreter against their references,
+and those against independent formulas (transformers' modules, sorting, statistics). ``-m gpu`` repeats the comparison
+in bf16 at Llama-8B sizes. The interpreter's bf16 is wrong, so fp32 and fp16 stand in for it here.
 """
 
 import math
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from nanodrift.kernels import filter as filters
-from nanodrift.kernels import rmsnorm, rope, sample
+from nanodrift.kernels import penalties, rmsnorm, rope, sample
 
 torch.set_num_threads(1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels of the fast tests run
@@ -352,6 +352,51 @@ def test_ban_tokens():
     assert (actual != logits).nonzero().tolist() == [[0, 3], [0, 49]]  # row 0 before position 5; row 1 is past it
 
 
+# ------------------------------------------------------------------------------------------------------ penalties
+
+
+def penalty_tables(vocab_size, device=DEVICE):
+    """settings [NUM_ROWS, 3], and counts of every kind: in the prompt or not, never said to said 32,767 times."""
+    settings = [
+        [1, 0, 0],
+        [1.5, 0, 0],
+        [0.6, 0.5, 0],
+        [1, 0, 0.25],
+        [1, -2, 1.5],
+        [2, 1, -1],
+        [1, 1, 0],
+        [1.1, 0.1, 0.1],
+    ]
+    counts = torch.randint(4, (NUM_ROWS, vocab_size), generator=torch.Generator().manual_seed(3)).to(torch.int16)
+    counts[:, ::7] |= penalties.IN_PROMPT
+    counts[:, ::5] = 0
+    counts[:, 3] = 2**15 - 1
+    return torch.tensor(settings, dtype=torch.float32).to(device), counts.to(device)
+
+
+@pytest.mark.parametrize("vocab_size", [17, 4097, 9001])
+def test_penalties(vocab_size):
+    logits, rows = randn(7, vocab_size) * 3, ints([3, -1, 0, 6, 2, 4, 1])
+    logits[3, 5:9] = float("-inf")  # banned tokens stay banned
+    tables = penalty_tables(vocab_size)
+    actual, expected = logits.clone(), logits.clone()
+    assert penalties.penalize(actual, rows, *tables) is actual
+    penalties.penalize_reference(expected, rows, *tables)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-6)
+    assert torch.equal(actual[1:3], logits[1:3])  # padding, a row that asks for nothing
+    assert actual[3, 5:9].tolist() == [float("-inf")] * 4
+
+
+def test_penalties_by_definition():
+    logits = torch.tensor([[2.0, -2.0, 2.0, -2.0, 2.0, 0.0]], device=DEVICE)
+    settings = torch.tensor([[4.0, 0.5, 0.25]], device=DEVICE)
+    in_prompt = penalties.IN_PROMPT
+    counts = torch.tensor([[0, in_prompt, in_prompt, 1, in_prompt + 3, 2]], dtype=torch.int16, device=DEVICE)
+    penalties.penalize(logits, ints([0]), settings, counts)
+    # unseen; prompt: times 4; prompt: over 4; times 4, once; over 4, three times; twice
+    assert logits[0].tolist() == [2.0, -8.0, 0.5, -8.0 - 0.75, 0.5 - 1.25, -1.0]
+
+
 # ------------------------------------------------------------------------------------------------------ GPU, bf16
 
 
@@ -406,3 +451,19 @@ def test_sampling_at_full_vocabulary():
                 scaled[scaled < scaled.topk(setting[0]).values[-1]] = -math.inf
             above = scaled.softmax(0)[scaled > scaled[token]].sum().item()
             assert abs(above - setting[1]) < 1e-4, (setting, row, token, above)
+
+
+@pytest.mark.gpu
+def test_penalties_at_full_vocabulary_and_with_tables_beyond_two_to_the_31_elements():
+    logits, rows = randn(64, 128256) * 3, torch.arange(64, dtype=torch.int32, device=DEVICE) % NUM_ROWS
+    settings, counts = penalty_tables(128256)
+    expected = penalties.penalize_reference(logits.clone(), rows, settings, counts)
+    torch.testing.assert_close(
+        penalties.penalize(logits.clone(), rows, settings, counts), expected, atol=1e-5, rtol=1e-6
+    )
+    first = 2**31 // 128256 + 1  # its counts start beyond 2^31 elements
+    many = torch.zeros((first + NUM_ROWS, 128256), dtype=torch.int16, device=DEVICE)
+    many[first:] = counts
+    far = torch.cat((torch.ones((first, 3), device=DEVICE), settings))
+    actual = penalties.penalize(logits.clone(), rows + first, far, many)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-6)
