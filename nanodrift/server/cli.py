@@ -25,7 +25,7 @@ import time
 from rich.console import Console
 
 from nanodrift.config import ConfigError, EngineConfig
-from nanodrift.server import logs, startup
+from nanodrift.server import dashboard, logs, startup
 from nanodrift.server.app import build_app
 from nanodrift.server.client import ENGINE_COMMAND, EngineClient, EngineDead
 from nanodrift.server.connection import HttpServer, http_server
@@ -108,6 +108,8 @@ async def _serve(args: argparse.Namespace, config: EngineConfig, keys, listener:
         if loading.done():
             await loading
             voice.print_table(client.info, time.perf_counter() - started_s, url, names[0], config.slo, bool(keys))
+            if args.dashboard:
+                tasks.append(asyncio.create_task(dashboard.show(Console(stderr=True), client, telemetry, config.slo)))
             await _first_of(ended, stopping, draining, serving)
             if draining.done():
                 tasks.append(asyncio.create_task(_all_answered(server)))
