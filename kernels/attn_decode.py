@@ -42,7 +42,7 @@ def attn_decode_reference(q, k_cache, v_cache, block_table, rows, context_lens, 
     lens = torch.where(rows >= 0, context_lens, 0)  # [B]
     max_blocks = -(-int(lens.max()) // BLOCK_SIZE) if batch else 0
     if max_blocks == 0:
-        return out.zero_()
+        return out.masked_fill_((rows >= 0)[:, None, None], 0.0)
     first = torch.arange(max_blocks, device=q.device) * BLOCK_SIZE
     blocks = block_table[rows.clamp(min=0).long(), :max_blocks].long()
     blocks = blocks.where(first < lens[:, None], 0)  # [B, max_blocks]: entries past the context may be anything
@@ -55,7 +55,7 @@ def attn_decode_reference(q, k_cache, v_cache, block_table, rows, context_lens, 
     queries = q.float().view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     result = F.scaled_dot_product_attention(queries, k, v, attn_mask=is_seen[:, None, None, :], scale=scale)
     result = result.masked_fill((lens == 0)[:, None, None, None], 0.0)
-    return out.copy_(result.view(batch, num_heads, head_dim))
+    return out.copy_(torch.where((rows >= 0)[:, None, None], result.view(batch, num_heads, head_dim), out))
 
 
 # --- kernel ---
@@ -184,7 +184,8 @@ def _attn_decode_kernel(
         # Store: a whole head is done; of a cut one, leave the partial sums.
         if end_block - first_block == num_blocks:
             result = o / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
-            tl.store(out_ptr + head_offsets, result.to(out_ptr.dtype.element_ty), mask=(heads < GROUP)[:, None])
+            is_stored = heads < tl.where(row >= 0, GROUP, 0)
+            tl.store(out_ptr + head_offsets, result.to(out_ptr.dtype.element_ty), mask=is_stored[:, None])
         elif end_block > first_block:
             part_rows = (2 * program + (first_block == 0).to(tl.int32)) * GROUP + heads
             tl.store(partial_o + part_rows[:, None] * HEAD_DIM + dims[None, :], o, mask=(heads < GROUP)[:, None])
@@ -233,9 +234,9 @@ def attn_decode(q, k_cache, v_cache, block_table, rows, context_lens, *, scale, 
     """Attention of one query per request over its whole context.
 
     q [B, H, D], B <= 512; k_cache and v_cache [N, K, 64, D]; block_table [num_rows, max_blocks], rows [B] and
-    context_lens [B] (the new token counted) int32. rows[b] == -1 or context 0 gives zeros. scratch: see
-    `decode_scratch_shape`; each launch leaves it ready for the next. Writes and returns out [B, H, D]. Reads no length
-    on the host, so it can be captured in a CUDA graph.
+    context_lens [B] (the new token counted) int32. Context 0 gives zeros; where rows[b] is -1 nothing is
+    written. scratch: see `decode_scratch_shape`; each launch leaves it ready for the next. Writes and returns out
+    [B, H, D]. Reads no length on the host, so it can be captured in a CUDA graph.
     """
     batch, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]

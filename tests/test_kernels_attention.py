@@ -94,11 +94,11 @@ def test_decode_reference_is_the_definition():
     args, options = decode_case(contexts, 10, 2, 64, torch.float32)
     q, k_cache, v_cache, table, rows, _ = args
     rows[3] = -1
-    result = decode.attn_decode_reference(*args, **options)
+    result = decode.attn_decode_reference(*args, **options, out=torch.full_like(q, 777.0))
     for b in (0, 1, 4):
         exact = naive(q[b], k_cache, v_cache, table, int(rows[b]), contexts[b], options["scale"])
         assert relative(result[b], exact) < 1e-6
-    assert (result[2] == 0).all() and (result[3] == 0).all()
+    assert (result[2] == 0).all() and (result[3] == 777.0).all()
 
 
 # --- prefill kernel ---
@@ -175,8 +175,8 @@ def test_decode_matches_reference(num_heads, num_kv_heads, head_dim, dtype):
     args, options = decode_case([1, 64, 0, 65, 700, 30, 129], num_heads, num_kv_heads, head_dim, dtype)
     args[4][5] = -1
     result = decode.attn_decode(*args, **options, out=torch.full_like(args[0], 777.0), num_sms=2)
-    expected = decode.attn_decode_reference(*args, **options)
-    assert (result[2] == 0).all() and (result[5] == 0).all()
+    expected = decode.attn_decode_reference(*args, **options, out=torch.full_like(args[0], 777.0))
+    assert (result[2] == 0).all() and (result[5] == 777.0).all()
     assert relative(result, expected) < TOLERANCE[dtype]
 
 
