@@ -24,47 +24,48 @@ Upload = Callable[..., torch.Tensor]
 
 
 class PassShape(NamedTuple):
-    """What a pass has room for. Work is padded up to it, so that all work of one shape can use one captured graph."""
+    """What a pass has room for. Work is padded up to it, so that all work of one shape can use one captured graph.
 
-    num_prefill_tokens: int
+    Decoding rows come first, then prompts: so the rows that are not needed leave their tokens to the prompts.
+    """
+
+    num_tokens: int  # T
     num_slices: int  # R
-    num_decoding: int  # B
+    num_decoding: int  # B, of the T
     num_sampled: int  # Q
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_prefill_tokens + self.num_decoding
 
     @classmethod
     def of(cls, prefill: PrefillWork | None, decode: DecodeWork | None) -> PassShape:
         """The shape without padding."""
         slices, num_decoding = prefill.slices if prefill else (), len(decode.rows) if decode else 0
+        num_slices = len(slices) + (prefill is not None and decode is not None)  # one that stands for what decodes
         num_ended = sum(piece.params is not None for piece in slices)
-        return cls(sum(len(s.token_ids) for s in slices), len(slices), num_decoding, num_ended + num_decoding)
+        num_tokens = num_decoding + sum(len(piece.token_ids) for piece in slices)
+        return cls(num_tokens, num_slices, num_decoding, num_ended + num_decoding)
 
 
 @dataclass
 class Batch:
-    """Metadata of one pass over T tokens: first those of R prefill slices, then B decoding rows. All int32, on device.
+    """Metadata of one pass over T tokens: first those that decode, then those of prompts. All int32, on the device.
 
-    A row of -1 is padding: it is computed, and nothing is written for it.
+    A row of -1 is padding: it is computed, and nothing is written for it. Of the B rows that may decode the last ones
+    may be padding, while their tokens are a prompt's.
     """
 
     token_ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
     rows: torch.Tensor  # [T] the block-table row of each token
     sample_indices: torch.Tensor  # [Q] which tokens' hidden states go to the head
-    block_table: torch.Tensor  # [num_rows, max_blocks] the table that ``rows`` index
-    num_prefill_tokens: int = 0  # of T; the rest decode
-    prefill_rows: torch.Tensor | None = None  # [R]
-    query_starts: torch.Tensor | None = None  # [R + 1] cumulative
-    prefill_context_lens: torch.Tensor | None = None  # [R] cached and new tokens
-    decode_rows: torch.Tensor | None = None  # [B]
-    decode_context_lens: torch.Tensor | None = None  # [B] = positions + 1
-    gather_rows: torch.Tensor | None = None  # [B] = decode_rows, but for padding the spare row
-    sample_rows: torch.Tensor | None = None  # [Q] rows of the sampled tokens
-    sample_positions: torch.Tensor | None = None  # [Q] and their positions
-    shape: PassShape | None = None
+    sample_rows: torch.Tensor  # [Q] their rows
+    sample_positions: torch.Tensor  # [Q] and their positions
+    prefill_rows: torch.Tensor  # [R]
+    prefill_context_lens: torch.Tensor  # [R] cached and new tokens
+    query_starts: torch.Tensor  # [R + 1] cumulative
+    decode_rows: torch.Tensor  # [B]
+    decode_context_lens: torch.Tensor  # [B] = positions + 1
+    gather_rows: torch.Tensor  # [B] = decode_rows, but for padding the spare row
+    block_table: torch.Tensor  # [num_rows, max_blocks] the table that rows index
+    shape: PassShape
 
     @property
     def num_tokens(self) -> int:
@@ -119,10 +120,11 @@ class Rows:
 
     def advance(self, batch: Batch) -> None:
         """Fetches the decoding rows' tokens, positions and lengths into the batch; the host may not know them yet."""
-        first = batch.num_prefill_tokens
-        torch.index_select(self.last_token, 0, batch.gather_rows, out=batch.token_ids[first:])
-        torch.index_select(self.next_position, 0, batch.gather_rows, out=batch.positions[first:])
-        torch.add(batch.positions[first:], 1, out=batch.decode_context_lens)
+        is_decoding = batch.decode_rows >= 0  # [B]
+        for table, tokens in ((self.last_token, batch.token_ids), (self.next_position, batch.positions)):
+            here = tokens[: len(is_decoding)]
+            torch.where(is_decoding, table.index_select(0, batch.gather_rows), here, out=here)
+        torch.add(batch.positions[: len(is_decoding)], 1, out=batch.decode_context_lens)
 
     def set_params(self, rows_and_params: list[tuple[int, RowParams]], upload: Upload) -> None:
         """Writes the sampling parameters of requests whose prompt is about to be complete."""
@@ -153,37 +155,38 @@ class Rows:
 
 def pack(rows: Rows, prefill: PrefillWork | None, decode: DecodeWork | None, shape: PassShape) -> array:
     """The ints that describe a prefill chunk, a decode step, or both, padded to a shape; see ``lay_out``."""
-    token_ids, positions, token_rows = array("i"), array("i"), array("i")
-    slices, starts, sampled, sampled_rows = prefill.slices if prefill else (), array("i", [0]), array("i"), array("i")
+    decoding = decode.rows if decode else ()
+    slices, num_decoding = prefill.slices if prefill else (), len(decoding)
+    token_ids = array("i", [0] * num_decoding)  # theirs lie on the device
+    positions, token_rows = array("i", decode.positions if decode else ()), array("i", decoding)
+    sampled, sampled_rows = array("i"), array("i")
+    # the prefill kernel's slices lie back to back: the decoding tokens before them are one that nothing is written for
+    slice_rows, ends, starts = ([-1], [0], [0, num_decoding]) if slices and decoding else ([], [], [0])
     for piece in slices:
         token_ids.extend(piece.token_ids)
         positions.extend(range(piece.start, piece.end))
         token_rows.extend([piece.row if piece.writes_kv else rows.spare_row] * len(piece.token_ids))
         starts.append(len(token_ids))
+        slice_rows.append(piece.row)
+        ends.append(piece.end)
         if piece.params is not None:
             sampled.append(len(token_ids) - 1)
             sampled_rows.append(piece.row)
-    decoding, first = (decode.rows if decode else ()), shape.num_prefill_tokens
-    for part, padding in ((token_ids, 0), (positions, 0), (token_rows, -1)):
-        part.extend([padding] * (first - len(part)))
-    if decode:
-        sampled.extend(range(first, first + len(decoding)))
-        positions.extend(decode.positions)
-        token_rows.extend(decoding)
-        sampled_rows.extend(decoding)
+    sampled.extend(range(num_decoding))
+    sampled_rows.extend(decoding)
     columns = (  # ints, padding
-        (token_ids, 0),  # the decoding rows' own lie on the device
+        (token_ids, 0),
         (positions, 0),
         (token_rows, -1),
         (sampled, 0),
         (sampled_rows, -1),
-        (array("i", [positions[i] for i in sampled]), 0),
-        (array("i", [piece.row for piece in slices]), -1),
-        (array("i", [piece.end for piece in slices]), 0),
+        ([positions[i] for i in sampled], 0),
+        (slice_rows, -1),
+        (ends, 0),
         (starts, starts[-1]),
-        (array("i", decoding), -1),
-        (array("i", [position + 1 for position in decode.positions] if decode else []), 0),
-        (array("i", decoding), rows.spare_row),
+        (decoding, -1),
+        ([position + 1 for position in positions[:num_decoding]], 0),
+        (decoding, rows.spare_row),
     )
     ints = array("i")
     for (part, padding), size in zip(columns, _sizes(shape), strict=True):
@@ -195,25 +198,9 @@ def pack(rows: Rows, prefill: PrefillWork | None, decode: DecodeWork | None, sha
 def lay_out(rows: Rows, shape: PassShape, ints: torch.Tensor) -> Batch:
     """The batch that packed ints are, once they lie on the device: views, always at the same places for one shape."""
     sizes = _sizes(shape)
-    padded = ints[: sum(map(_aligned, sizes))].split([_aligned(size) for size in sizes])
-    part = [piece[:size] for piece, size in zip(padded, sizes, strict=True)]
-    return Batch(
-        token_ids=part[0],
-        positions=part[1],
-        rows=part[2],
-        sample_indices=part[3],
-        block_table=rows.block_table,
-        sample_rows=part[4],
-        sample_positions=part[5],
-        num_prefill_tokens=shape.num_prefill_tokens,
-        prefill_rows=part[6],
-        prefill_context_lens=part[7],
-        query_starts=part[8],
-        decode_rows=part[9],
-        decode_context_lens=part[10],
-        gather_rows=part[11],
-        shape=shape,
-    )
+    padded = ints[: num_ints(shape)].split([_aligned(size) for size in sizes])
+    parts = [part[:size] for part, size in zip(padded, sizes, strict=True)]
+    return Batch(*parts, block_table=rows.block_table, shape=shape)
 
 
 def num_ints(shape: PassShape) -> int:
@@ -222,8 +209,8 @@ def num_ints(shape: PassShape) -> int:
 
 
 def _sizes(shape: PassShape) -> tuple[int, ...]:
-    t, r, b, q = shape.num_tokens, shape.num_slices, shape.num_decoding, shape.num_sampled
-    return t, t, t, q, q, q, r, r, r + 1, b, b, b
+    t, r, b, q = shape
+    return t, t, t, q, q, q, r, r, r + 1, b, b, b  # in the order of Batch's fields
 
 
 def _aligned(size: int) -> int:

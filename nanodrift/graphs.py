@@ -22,12 +22,12 @@ from nanodrift.plan import MAX_FUSED_SLICES, MAX_FUSED_TOKENS
 
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 PREFILL_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1536, 2048)
-FUSED_TOKENS = (64, 128, 256, 512, 1024, 2048)  # what the dispatcher asks for
-FUSED_ROWS = (16, 32, 64, 128, 256)  # of these, such as are not few beside the tokens: there padding costs little
+FUSED_TOKENS = (128, 192, 256, 320, 384, 512, 640, 768, 1024, 1152, 2048)  # of prompts and decoding rows together
+FUSED_ROWS = (64, 256)  # rows that do not decode cost attention a little, and products nothing
 
 
 def decode_shapes(num_rows: int) -> tuple[PassShape, ...]:
-    return tuple(PassShape(0, 0, rows, rows) for rows in _up_to(DECODE_ROWS, num_rows))
+    return tuple(PassShape(rows, 0, rows, rows) for rows in _up_to(DECODE_ROWS, num_rows))
 
 
 def prefill_shapes(max_prefill_tokens: int) -> tuple[PassShape, ...]:
@@ -37,14 +37,12 @@ def prefill_shapes(max_prefill_tokens: int) -> tuple[PassShape, ...]:
 
 def fused_shapes(max_prefill_tokens: int, num_rows: int) -> tuple[PassShape, ...]:
     """The smallest first."""
-    slices = MAX_FUSED_SLICES
-    shapes = [
-        PassShape(tokens, slices, rows, slices + rows)
-        for tokens in _up_to(FUSED_TOKENS, min(MAX_FUSED_TOKENS, max_prefill_tokens))
-        for rows in _up_to(FUSED_ROWS, num_rows)
-        if rows >= min(tokens // 16, num_rows)
-    ]
-    return tuple(sorted(shapes, key=lambda shape: shape.num_tokens))
+    slices, most_tokens = MAX_FUSED_SLICES, min(MAX_FUSED_TOKENS, max_prefill_tokens) + num_rows
+    return tuple(
+        PassShape(tokens, 1 + slices, rows, slices + rows)
+        for tokens in _up_to(FUSED_TOKENS, most_tokens)
+        for rows in sorted({min(rows, tokens) for rows in _up_to(FUSED_ROWS, num_rows)})
+    )
 
 
 def _up_to(sizes: tuple[int, ...], limit: int) -> list[int]:

@@ -82,8 +82,11 @@ class Model:
                 f"decode {num_sms}": ops.decode_scratch_elements(c.num_heads, c.num_kv_heads, c.head_dim, num_sms)
                 for num_sms in sm_counts
             },
+            # tiles that prefill attention has handed out: one for prompts, one for decoding rows, at the same time
+            **{f"counter {kind}": 1 for kind in range(2)},
         }
-        dtypes = {n: torch.float32 if n == "partials" or n.startswith("decode") else self.dtype for n in num_elements}
+        kinds = {"partials": torch.float32, "decode": torch.float32, "counter": torch.int32}
+        dtypes = {name: kinds.get(name.split()[0], self.dtype) for name in num_elements}
         scratch = Scratch(num_elements, dtypes, self.device)
         scratch.buffers["one_each"] = torch.arange(max_tokens + 1, dtype=torch.int32, device=self.device)
         return scratch
@@ -117,27 +120,28 @@ class Model:
         """Prefill slices through one kernel, decoding rows through the other; q [T, H, D] -> [T, H, D]."""
         out = lane.take("attended", q.shape, q)
         cache = (kv.k[index], kv.v[index], batch.block_table)
-        split, num_tokens = batch.num_prefill_tokens, q.shape[0]
-
-        def attend_prompts(lane: LaneResources) -> None:
-            if split > 0:
-                ops.attn_prefill(
-                    q[:split], *cache, batch.prefill_rows, batch.query_starts, batch.prefill_context_lens,
-                    split, self.attention_scale, out[:split], lane,
-                )  # fmt: skip
+        num_decoding = batch.shape.num_decoding
 
         def attend_decoding(lane: LaneResources) -> None:
             rows, lens, scale = batch.decode_rows, batch.decode_context_lens, self.attention_scale
-            if split < num_tokens and lane.deterministic:
+            queries, results = q[:num_decoding], out[:num_decoding]  # [B, H, D]
+            if num_decoding > 0 and lane.deterministic:
                 # the prefill kernel on slices of one token: the same bits as when it was a prompt
-                starts = lane.take("one_each", (num_tokens - split + 1,), rows)
+                starts = lane.take("one_each", (num_decoding + 1,), rows)
                 if lane.scratch is None:
-                    torch.arange(num_tokens - split + 1, out=starts)
-                ops.attn_prefill(q[split:], *cache, rows, starts, lens, 1, scale, out[split:], lane)
-            elif split < num_tokens:
-                ops.attn_decode(q[split:], *cache, rows, lens, scale, out[split:], lane)
+                    torch.arange(num_decoding + 1, out=starts)
+                ops.attn_prefill(queries, *cache, rows, starts, lens, 1, scale, results, lane)
+            elif num_decoding > 0:
+                ops.attn_decode(queries, *cache, rows, lens, scale, results, lane)
 
-        ops.side_by_side(lane, attend_prompts, attend_decoding)
+        def attend_prompts(lane: LaneResources) -> None:
+            if batch.shape.num_slices > 0:
+                ops.attn_prefill(
+                    q, *cache, batch.prefill_rows, batch.query_starts, batch.prefill_context_lens,
+                    batch.num_tokens, self.attention_scale, out, lane,
+                )  # fmt: skip
+
+        ops.side_by_side(lane, attend_prompts, attend_decoding)  # they write different tokens
         return out
 
     def head(

@@ -1,8 +1,8 @@
 """One function per operator: the Triton kernel when the tensors lie on a GPU, its plain-torch reference otherwise.
 
 A lane's resources are the last argument everywhere: how many SMs a kernel may fill, whether tiles and splits are
-fixed, and memory to work in. Knows nothing about models, requests or streams; ``nanodrift/kernels.py`` says where
-kernels live. Shape letters as in nanodrift/model.py.
+fixed, memory to work in, and perhaps two halves of the device. Knows nothing about models or requests;
+``nanodrift/kernels.py`` says where kernels live. Shape letters as in nanodrift/model.py.
 """
 
 from __future__ import annotations
@@ -133,10 +133,12 @@ def rope_kv_write(qkv, cos_sin, positions, rows, block_table, k_cache, v_cache, 
 
 def attn_prefill(q, k_cache, v_cache, block_table, rows, query_starts, context_lens, max_query_len, scale, out, lane):
     """Causal attention of R slices q [T, H, D] over their cached prefixes and themselves -> out [T, H, D]."""
+    options = {"max_query_len": max_query_len, "scale": scale, "out": out}
+    if lane.runs_triton(q) and lane.scratch:
+        options["counter"] = lane.scratch.buffers[f"counter {int(max_query_len == 1)}"]
     return _run(
         lane, prefill_attention.attn_prefill, prefill_attention.attn_prefill_reference,
-        q, k_cache, v_cache, block_table, rows, query_starts, context_lens,
-        max_query_len=max_query_len, scale=scale, out=out,
+        q, k_cache, v_cache, block_table, rows, query_starts, context_lens, **options,
     )  # fmt: skip
 
 

@@ -194,9 +194,10 @@ class Runner:
         ended = [s for s in prefill.slices if s.params is not None] if prefill else []
         self.rows.set_params([(s.row, s.params) for s in ended], upload)
         num = len(ended) + (len(decode.rows) if decode else 0)
+        first = len(decode.rows) if decode else 0  # of the prompts' tokens
         wants_prompt = prefill is not None and any(s.next_token_ids for s in prefill.slices)
         if num == 0:
-            return self._score_prompts(batch, prefill, upload) if wants_prompt else None
+            return self._score_prompts(batch, prefill, first, upload) if wants_prompt else None
         has_filter = any(s.params.has_filter for s in ended) or (decode is not None and decode.has_filter)
         has_ban = any(s.params.min_position > s.end for s in ended) or (decode is not None and decode.has_ban)
         if prefill is None:  # of rows that decode again and again, the device alone knows the positions
@@ -207,7 +208,7 @@ class Runner:
         has_logprobs = any(s.params.has_logprobs for s in ended) or (decode is not None and decode.has_logprobs)
         sources = (self.logits[:num], rows[:num], positions[:num])
         answer = self.sample(*sources, has_filter, has_ban, has_penalty, has_logprobs or wants_prompt)
-        return torch.cat((answer, self._score_prompts(batch, prefill, upload))) if wants_prompt else answer
+        return torch.cat((answer, self._score_prompts(batch, prefill, first, upload))) if wants_prompt else answer
 
     def sample(
         self,
@@ -240,9 +241,9 @@ class Runner:
             tables.penalties.count_output(rows, token_ids)
         return _with_logprobs(token_ids, logprobs) if has_logprobs else token_ids
 
-    def _score_prompts(self, batch: Batch, work: PrefillWork, upload: Upload) -> torch.Tensor:
+    def _score_prompts(self, batch: Batch, work: PrefillWork, start: int, upload: Upload) -> torch.Tensor:
         """The slices' ``next_token_ids`` with their logprobs, as many at a time as there is memory for logits."""
-        places, token_ids, start = array("i"), array("i"), 0
+        places, token_ids = array("i"), array("i")
         for piece in work.slices:
             places.extend(range(start, start + len(piece.next_token_ids)))
             token_ids.extend(piece.next_token_ids)

@@ -30,7 +30,7 @@ class Machine:
     """A prefill and a decode runner over one pool, as an executor has them; row r owns five blocks."""
 
     def __init__(self, model, has_shapes=False):
-        rows = Rows(NUM_ROWS, 320, CPU)
+        rows = Rows(NUM_ROWS, 320, CPU, model.config.vocab_size)
         self.kv = KVPool(model.config, NUM_ROWS * BLOCKS_PER_ROW, torch.float32, CPU)
         self.kv.k.fill_(7.0)  # what nobody may write
         self.prefill_runner, self.decode_runner = (
@@ -129,7 +129,7 @@ def test_what_was_captured_is_replayed(model):
             replayed.append(self.key)
             self.run()
 
-    layer_shape, fused_shape = PassShape(128, 8, 0, 8), PassShape(64, 8, NUM_ROWS, 8 + NUM_ROWS)
+    layer_shape, fused_shape = PassShape(128, 8, 0, 8), PassShape(128, 9, NUM_ROWS, 8 + NUM_ROWS)
     for layer in range(LAYERS):
         key, batch = (None, layer_shape, layer), runner.batch_of(layer_shape)
         runner.graphs[key] = Recorded(key, lambda layer=layer, batch=batch: runner.run_layer(batch, layer))
@@ -143,8 +143,9 @@ def test_what_was_captured_is_replayed(model):
 def test_work_is_padded_a_little_or_not_at_all(model):
     runner = Machine(model).prefill_runner
     runner.shapes = tuple(sorted(prefill_shapes(2048) + fused_shapes(2048, 256), key=lambda shape: shape.num_tokens))
-    assert runner._shape_for(PassShape(1, 1, 0, 1)).num_prefill_tokens == 64
-    assert runner._shape_for(PassShape(500, 3, 0, 0)).num_prefill_tokens == 512
-    assert runner._shape_for(PassShape(200, 3, 17, 20)) == PassShape(256, 8, 32, 40)
-    for needed in (PassShape(1025, 1, 0, 1), PassShape(600, 9, 0, 9), PassShape(600, 1, 16, 17)):
+    assert runner._shape_for(PassShape(1, 1, 0, 1)).num_tokens == 64
+    assert runner._shape_for(PassShape(500, 3, 0, 0)).num_tokens == 512
+    assert runner._shape_for(PassShape(217, 4, 17, 20)) == PassShape(256, 9, 64, 72)
+    assert runner._shape_for(PassShape(512, 4, 100, 103)) == PassShape(512, 9, 256, 264)
+    for needed in (PassShape(1025, 1, 0, 1), PassShape(600, 9, 0, 9), PassShape(1200, 2, 16, 17)):
         assert runner._shape_for(needed) == needed

@@ -119,12 +119,12 @@ class Driver:
         step = DecodeWork(("",) * len(rows), rows, positions) if rows else None
         shape = PassShape.of(work, step)
         batch = lay_out(self.rows, shape, self.upload(pack(self.rows, work, step, shape)))
-        batch.token_ids[batch.num_prefill_tokens :] = self.rows.last_token[batch.gather_rows.long()]
-        for place, (row, _, _) in enumerate(decode, batch.num_prefill_tokens):
+        batch.token_ids[: len(rows)] = self.rows.last_token[batch.gather_rows.long()]
+        for place, (row, _, _) in enumerate(decode):
             if row < 0:
                 batch.rows[place], batch.positions[place] = -1, 0
-                batch.decode_rows[place - batch.num_prefill_tokens] = -1
-                batch.decode_context_lens[place - batch.num_prefill_tokens] = 0
+                batch.decode_rows[place] = -1
+                batch.decode_context_lens[place] = 0
         return batch
 
     @torch.inference_mode()
