@@ -36,7 +36,8 @@ class PrefillFirst:
     layers: int
 
     def choose(self, load: Load, current: Decision | None = None) -> Decision:
-        return Decision(Mode.EXCLUSIVE, self.whole_chip, self.token_chunk, self.layers, holds_decode=True)
+        is_waiting = load.prompt_tokens > 0
+        return Decision(Mode.EXCLUSIVE, self.whole_chip, self.token_chunk, self.layers, holds_decode=is_waiting)
 
 
 @dataclass(frozen=True)

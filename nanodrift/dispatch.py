@@ -71,7 +71,7 @@ class Dispatcher:
             return self._alone(load)
         options = self.options(load, current)
         if not options:
-            return self._unmeetable(load)
+            return self._exclusive(load, is_forced=True)
         best = max(options, key=lambda option: option.prompt_tokens_per_s)
         kept = next(
             (o for o in options if current and (o.mode, o.partition) == (current.mode, current.partition)), None
@@ -152,34 +152,26 @@ class Dispatcher:
             best = smaller
         return best
 
-    def _exclusive(self, load: Load) -> Decision | None:
-        """A decode step on the whole chip, then prefill layers until the TBT is used up."""
-        chunk, _ = load.chunk(self.max_prefill_tokens)
-        decode_s, layer_s, head_s = self._turn(load, chunk)
-        layers = math.floor((load.tbt_s - decode_s - head_s) / layer_s)
-        return self._in_turns(load, chunk, layers) if layers >= 1 else None
+    def _exclusive(self, load: Load, is_forced: bool = False) -> Decision | None:
+        """A decode step on the whole chip, then prefill layers until the TBT is used up.
 
-    def _turn(self, load: Load, chunk: PrefillLoad) -> tuple[float, float, float]:
-        """Seconds on the whole chip of a decode step, of a prefill layer, and of the head behind the last layer."""
-        sms = self.whole_chip.prefill_sms
+        Forced where no mode can keep the TBT: prefill gets its minimum share of the time, at least one layer a turn.
+        """
+        chunk, merged = load.chunk(self.max_prefill_tokens)
+        sms, num_layers = self.whole_chip.prefill_sms, self.cost.num_layers
+        decode_s = self.cost.decode_s(merged, sms)
         body_s = self.cost.prefill_s(PrefillLoad(chunk.num_tokens, chunk.num_pairs), sms)
-        head_s = self.cost.prefill_s(chunk, sms) - body_s if chunk.num_sampled else 0.0
-        return self.cost.decode_s(load.decode, sms), body_s / self.cost.num_layers, head_s
-
-    def _in_turns(self, load: Load, chunk: PrefillLoad, layers: int, is_unmeetable: bool = False) -> Decision:
-        decode_s, layer_s, head_s = self._turn(load, chunk)
-        layers = min(layers, self.cost.num_layers)
+        head_s = self.cost.prefill_s(chunk, sms) - body_s if chunk.num_sampled else 0.0  # behind the last layer
+        layer_s, room_s = body_s / num_layers, load.tbt_s - decode_s - head_s
+        if is_forced:
+            room_s = max(layer_s, decode_s * MIN_PREFILL_SHARE / (1 - MIN_PREFILL_SHARE))
+        layers = min(math.floor(room_s / layer_s), num_layers)
+        if layers < 1:
+            return None
         gap_s = decode_s + layer_s * layers + head_s
-        rate = chunk.num_tokens * layers / self.cost.num_layers / gap_s
+        rate = chunk.num_tokens * layers / num_layers / gap_s
         decision = (Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, gap_s, rate)
-        return Decision(*decision, is_unmeetable, decode_s)
-
-    def _unmeetable(self, load: Load) -> Decision:
-        """Decode has the chip; prefill gets its minimum share of the time, at least one layer a turn."""
-        chunk, _ = load.chunk(self.max_prefill_tokens)
-        decode_s, layer_s, _ = self._turn(load, chunk)
-        share_s = decode_s * MIN_PREFILL_SHARE / (1 - MIN_PREFILL_SHARE)
-        return self._in_turns(load, chunk, max(1, math.floor(share_s / layer_s)), is_unmeetable=True)
+        return Decision(*decision, is_forced, decode_s)
 
     def _alone(self, load: Load) -> Decision:
         """One lane has nothing to do: the other gets the chip. Prefill goes in short pieces, for a decode may begin."""

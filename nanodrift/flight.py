@@ -7,7 +7,23 @@ SMs that no piece before it holds, and pieces of the whole chip and of a half ar
 
 from __future__ import annotations
 
-from nanodrift.plan import Lane, Partition, PrefillWork, Ticket
+import math
+from dataclasses import dataclass
+
+from nanodrift.plan import Lane, NewBlocks, Partition, PrefillSlice, PrefillWork, Ticket
+
+LAUNCH_AHEAD = 0.25  # of a step: how long before the end of one the next is launched, where prompts may end beside them
+
+
+@dataclass
+class Chunk:
+    """One token chunk on its way through the layers."""
+
+    batch_id: int
+    slices: tuple[PrefillSlice, ...]
+    new_blocks: tuple[NewBlocks, ...]
+    num_tokens: int
+    next_layer: int = 0
 
 
 class Flight:
@@ -15,8 +31,9 @@ class Flight:
 
     def __init__(self):
         self.has_stepped = True  # a decode step was launched after the newest prefill piece
-        self.step_end_s = 0.0  # when the last decode step ended
+        self._step_s = 0.0  # when the last decode step ended
         self._end_s: dict[Lane, dict[int, float]] = {lane: {} for lane in Lane}  # predicted, by ticket number
+        self.planned_s = math.inf  # when a last piece that was told to wait will end
         self._pieces: dict[int, Ticket] = {}  # of prefill, fused steps not counted
 
     def launch(self, ticket: Ticket, predicted_s: float) -> None:
@@ -34,7 +51,7 @@ class Flight:
             for number in ends:  # what is behind it moves with it
                 ends[number] += late_s
         if self._pieces.pop(ticket.number, None) is None:
-            self.step_end_s = now_s
+            self._step_s = now_s
 
     def __len__(self) -> int:
         return sum(len(ends) for ends in self._end_s.values())
@@ -47,12 +64,24 @@ class Flight:
         return len(self._pieces)
 
     @property
+    def step_end_s(self) -> float:
+        """When the newest decode step ends, or has ended."""
+        return max([self._step_s, *self._end_s[Lane.DECODE].values()])
+
+    @property
+    def is_beside(self) -> bool:
+        """Prefill runs beside the decode lane."""
+        return any(not ticket.partition.is_shared for ticket in self._pieces.values())
+
+    @property
     def is_merging(self) -> bool:
         """A prompt is about to end beside the decode lane."""
-        return bool(self._merging())
+        return bool(self._merges_s())
 
-    def can_queue(self, partition: Partition) -> bool:
-        """True if a prefill piece there has no piece of the other kind before it."""
+    def can_queue(self, partition: Partition, is_stepping: bool) -> bool:
+        """True if a prefill piece may be launched there; ``is_stepping``: a decode step will follow."""
+        if partition.is_shared and is_stepping and not self.has_stepped:
+            return False
         return all(ticket.partition.is_shared == partition.is_shared for ticket in self._pieces.values())
 
     def step_partition(self, wanted: Partition) -> Partition:
@@ -62,16 +91,32 @@ class Flight:
             return partitions[-1] if partitions else wanted
         return min((p for p in partitions if not p.is_shared), key=lambda p: p.decode_sms)
 
-    def hold_until_s(self, tbt_s: float, decode_s: float) -> float | None:
-        """Until when the next step had better wait for a prompt that ends beside the decode lane, so that it can join.
+    def step_from_s(self, tbt_s: float, step_s: float) -> float:
+        """When the next decode step may be launched beside prefill: late, so that prompts that end can join it.
 
-        Steps take d of a TBT T, and the prompt ends x after the running step. If x <= T - d the next step waits, and
+        Steps take d of a TBT T, and a prompt ends x after the last step. If x <= T - d the next step waits for it, and
         the others' gap is x + d. Else it does not, and the prompt's first gap is 2 d - x < 3 d - T. Both are within T
         as long as d <= 2/3 T, which is what the dispatcher allows where a prompt ends (MERGE_STEPS).
         """
-        ends = [self._end_s[Lane.PREFILL][number] for number in self._merging()]
-        latest_s = max([self.step_end_s, *self._end_s[Lane.DECODE].values()]) + tbt_s - decode_s
-        return latest_s if ends and min(ends) <= latest_s else None
+        if not step_s:
+            return -math.inf
+        latest_s = self.step_end_s + tbt_s - step_s
+        if min(self._merges_s(), default=math.inf) <= latest_s:
+            return latest_s
+        return self.step_end_s - LAUNCH_AHEAD * step_s if self._end_s[Lane.DECODE] else -math.inf
 
-    def _merging(self) -> list[int]:
-        return [n for n, t in self._pieces.items() if t.work.sampled_ids and not t.partition.is_shared]
+    def merge_from_s(self, piece_s: float, tbt_s: float, step_s: float) -> float:
+        """When the last piece of a prompt may be launched beside decode steps: so that it does not end too early.
+
+        For behind what runs, the step that it joins must end within its TBT.
+        """
+        end_s = self.step_end_s + step_s - tbt_s
+        is_early = step_s < tbt_s and max(self._end_s[Lane.PREFILL].values(), default=0.0) + piece_s < end_s
+        self.planned_s = end_s if is_early else math.inf
+        return end_s - piece_s if is_early else -math.inf
+
+    def _merges_s(self) -> list[float]:
+        """When prompts end beside the decode lane: pieces in flight, and one that was told to wait."""
+        ends = self._end_s[Lane.PREFILL]
+        found = [ends[n] for n, t in self._pieces.items() if t.work.sampled_ids and not t.partition.is_shared]
+        return found if self.planned_s == math.inf else [*found, self.planned_s]

@@ -17,12 +17,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from dataclasses import dataclass
 
 from nanodrift.config import BLOCK_SIZE
 from nanodrift.cost import DecodeLoad
 from nanodrift.dispatch import Decision, Load, Mode, Policy
-from nanodrift.flight import Flight
+from nanodrift.flight import Chunk, Flight
 from nanodrift.kvcache import BlockPool
 from nanodrift.plan import (
     MAX_FUSED_SLICES,
@@ -42,18 +41,8 @@ from nanodrift.plan import (
 from nanodrift.request import Request, RequestState, TokenEvent
 from nanodrift.waiting import Waiting, overtake
 
+HEADROOM = 0.01  # of the TBT, for what no prediction knows: the host's part, and rounding
 MAX_IN_FLIGHT = 2  # on each lane: step n + 1 is launched before the host has read step n
-
-
-@dataclass
-class _Chunk:
-    """One token chunk on its way through the layers."""
-
-    batch_id: int
-    slices: tuple[PrefillSlice, ...]
-    new_blocks: tuple[NewBlocks, ...]
-    num_tokens: int
-    next_layer: int = 0
 
 
 class Scheduler:
@@ -80,11 +69,10 @@ class Scheduler:
         self.prefilling: list[Request] = []  # hold a row; prompt not complete
         self.running: list[Request] = []  # decode
         self.decision: Decision | None = None  # how the lanes share the device just now
-        self.wake_s = math.inf  # the decode lane waits for something: ask again at this time at the latest
         self.num_preemptions = 0
         self.num_unmeetable_steps = 0  # decode steps launched although nothing could keep their TBT
         self._free_rows = deque(range(num_rows))
-        self._open: list[_Chunk] = []  # whose layers are being launched: the last one now, one before it later
+        self._open: list[Chunk] = []  # whose layers are being launched: the last one now, one before it later
         self._newest: tuple[PrefillSlice, ...] = ()  # of the chunk that was begun last
         self._num_batches = 0
         self._num_added = 0
@@ -92,7 +80,9 @@ class Scheduler:
         self._decode, self._tbt_s = DecodeLoad(), math.inf  # of the newest decode step
         self._decided: tuple = ()  # what the decision in force was made for
         self._token_s = 0.0  # prefill seconds per prompt token, as last predicted; 0: unknown
+        self._waited_s = 0.0  # of their TBT, when the next step starts
         self._beside_s = 0.0  # guarded prediction of a decode step beside prefill pieces
+        self._wake_s = dict.fromkeys(Lane, math.inf)
         self._is_draining = False  # blocks ran out: launch nothing new until nothing is in flight
         self._is_tight = False  # they did so lately: admit only who leaves twice the usual room
 
@@ -129,6 +119,11 @@ class Scheduler:
         return bool(self.requests)
 
     @property
+    def wake_s(self) -> float:
+        """When to ask for work again at the latest."""
+        return min(self._wake_s.values())
+
+    @property
     def num_leaked_blocks(self) -> int:
         """Blocks that are held while no request is there to hold them: never anything but 0."""
         return 0 if self.requests else self.pool.num_used_blocks
@@ -138,8 +133,9 @@ class Scheduler:
     def next_work(self, lane: Lane, now_s: float) -> tuple[Work, Partition] | None:
         """The next piece of work for a lane and where it runs, or None if it has no room or nothing to do.
 
-        Nothing may also mean that the lane had better wait: ``wake_s`` says until when, if nothing ends before.
+        None may also mean that the lane had better wait: ``wake_s`` says until when, if nothing ends before.
         """
+        self._wake_s[lane] = math.inf
         if self._flight.num_in(lane) >= MAX_IN_FLIGHT:
             return None
         return self._next_decode(now_s) if lane is Lane.DECODE else self._next_prefill(now_s)
@@ -205,7 +201,7 @@ class Scheduler:
         self._decided = (now_s, self._decode, self._num_batches, sizes)
         prompts = self._prompts(now_s)
         num_tokens, start = sum(n for n, _ in prompts), prompts[0][1] if prompts else 0
-        tbt_s = self._tbt_s if self._decode.batch else math.inf
+        tbt_s = self._tbt_s - self._waited_s if self._decode.batch else math.inf
         load = Load(self._decode, tbt_s, num_tokens, start, bool(self._open), prompts, self._flight.is_merging)
         self.decision = self.policy.choose(load, self.decision)
         if self.decision.mode is Mode.SPLIT:
@@ -215,13 +211,14 @@ class Scheduler:
 
     def _prompts(self, now_s: float) -> tuple[tuple[int, int], ...]:
         """Tokens left and start of the prompts that are next, those of a chunk under way first; enough for a chunk."""
-        pending = [(r, r.num_computed_tokens) for r in self.prefilling if r.num_computed_tokens < r.num_tokens]
-        newest = [(self.requests[s.request_id], s.start) for s in self._newest if s.request_id in self.requests]
-        if self._open:
-            starts = newest + [(r, start) for r, start in pending if all(r is not other for other, _ in newest)]
-        else:
-            starts = pending or (newest if self._flight.num_pieces and not self.waiting else [])
-        prompts = [(request.num_tokens - start, start) for request, start in starts]
+        pending = [r for r in self.prefilling if r.num_computed_tokens < r.num_tokens]
+        slices = self._open[-1].slices if self._open else ()
+        if self._flight.is_beside and not (slices or pending or self.waiting):
+            slices = self._newest  # it is all launched, but decode had better stay beside it
+        starts = {s.request_id: s.start for s in slices if s.request_id in self.requests}
+        for request in pending:
+            starts.setdefault(request.request_id, request.num_computed_tokens)
+        prompts = [(self.requests[request_id].num_tokens - start, start) for request_id, start in starts.items()]
         room = self.max_prefill_tokens - sum(n for n, _ in prompts)
         for request in self.waiting.in_turn(now_s) if room > 0 else ():
             if room <= 0 or not self._fits(request):
@@ -230,12 +227,6 @@ class Scheduler:
             prompts.append((num_tokens, request.num_tokens - num_tokens))
             room -= num_tokens
         return tuple(prompts)
-
-    def _has_prompt(self, now_s: float) -> bool:
-        """There is prefill to launch."""
-        is_under_way = self._open or any(r.num_computed_tokens < r.num_tokens for r in self.prefilling)
-        request = next(self.waiting.in_turn(now_s), None)
-        return bool(is_under_way) or (request is not None and self._fits(request))
 
     def _predicted_s(self, work: Work) -> float:
         """Seconds by the decision in force: the guarded step, the mean of a prefill piece."""
@@ -246,7 +237,6 @@ class Scheduler:
     # ---- decode lane -------------------------------------------------------------------------------------------
 
     def _next_decode(self, now_s: float) -> tuple[DecodeWork | FusedWork, Partition] | None:
-        self.wake_s = math.inf
         if self._is_draining and self._is_busy():
             return None
         self._is_draining = False
@@ -261,31 +251,37 @@ class Scheduler:
         self._decode = DecodeLoad(len(batch), sum(positions) + len(batch))
         if not batch:
             return None
-        self._tbt_s = min([request.slo.tbt_ms for request in batch]) / 1e3
+        self._tbt_s = min([request.slo.tbt_ms for request in batch]) / 1e3 * (1 - HEADROOM)
+        start_s = max(now_s, self._flight.step_end_s)  # those who are in no step in flight have waited until then
+        last_s = min([r.token_s[-1] for r in batch if not r.num_launched_tokens and r.token_s], default=start_s)
+        self._waited_s = start_s - last_s
         self._decide(now_s)
-        if self.decision.holds_decode and self._has_prompt(now_s):
+        if self.decision.holds_decode:
             return None
-        hold_s = self._flight.hold_until_s(self._tbt_s, self._beside_s)
-        if hold_s is not None and now_s < hold_s:
-            self.wake_s = hold_s
-            return None
+        is_fused = self.decision.mode is Mode.FUSED and not self._open and not self._flight.num_pieces
+        partition = self._flight.step_partition(self.decision.partition)
+        if not is_fused and not partition.is_shared:
+            self._wake_s[Lane.DECODE] = self._flight.step_from_s(self._tbt_s, self._beside_s)
+            if now_s < self._wake_s[Lane.DECODE]:
+                return None
         step = DecodeWork(
             request_ids=tuple([r.request_id for r in batch]),
             rows=tuple([r.row for r in batch]),
             positions=tuple(positions),
             has_filter=any(r.row_params.has_filter for r in batch),
             has_ban=any(r.row_params.min_position > p + 1 for r, p in zip(batch, positions, strict=True)),
-            new_blocks=tuple([self._grow(request) for request in short]),
+            new_blocks=tuple([NewBlocks(r.row, len(r.block_ids), tuple(self.pool.allocate(r, 1))) for r in short]),
             has_penalty=any(r.row_params.has_penalty for r in batch),
             has_logprobs=any(r.row_params.has_logprobs for r in batch),
         )
         self.num_unmeetable_steps += self.decision.is_unmeetable
-        if self.decision.mode is Mode.FUSED and not self._open and not self._flight.num_pieces:
-            chunk = self._form_chunk(now_s, self.decision.token_chunk, MAX_FUSED_SLICES)
-            if chunk is not None:
-                prefill = PrefillWork(chunk.batch_id, chunk.slices, 0, self.num_layers, True, chunk.new_blocks)
-                return FusedWork(prefill, step), self.decision.partition
-        return step, self._flight.step_partition(self.decision.partition)
+        if not is_fused:
+            return step, partition
+        chunk = self._form_chunk(now_s, self.decision.token_chunk, MAX_FUSED_SLICES)
+        if chunk is None:  # the next prompt waits for a prefix
+            return step, self.policy.choose(Load(self._decode, self._tbt_s), self.decision).partition
+        prefill = PrefillWork(chunk.batch_id, chunk.slices, 0, self.num_layers, True, chunk.new_blocks)
+        return FusedWork(prefill, step), partition
 
     def _next_step(self) -> tuple[list[Request], list[int], list[Request]]:
         """Who decodes next, at which positions, and who of them needs a block for that."""
@@ -321,14 +317,12 @@ class Scheduler:
     # ---- prefill lane ------------------------------------------------------------------------------------------
 
     def _next_prefill(self, now_s: float) -> tuple[PrefillWork, Partition] | None:
+        self._flight.planned_s = math.inf
         if not (self._open or self.prefilling or self.waiting):
             return None  # most turns: nothing to ask the policy
         self._decide(now_s)
         decision, is_stepping = self.decision, self._decode.batch > 0 and not self._is_draining
-        if not self._flight.can_queue(decision.partition):
-            return None
-        is_taking_turns = decision.partition.is_shared and is_stepping and not decision.holds_decode
-        if is_taking_turns and not self._flight.has_stepped:
+        if not self._flight.can_queue(decision.partition, is_stepping and not decision.holds_decode):
             return None
         if not self._open and (self._is_draining or (is_stepping and decision.mode is Mode.FUSED)):
             return None
@@ -339,14 +333,20 @@ class Scheduler:
             return None
         chunk = self._open[-1]  # a chunk that was begun by layers is finished by layers
         first = chunk.next_layer
-        chunk.next_layer = last = min(first + decision.layers, self.num_layers)
-        is_last = last == self.num_layers
+        last = min(first + decision.layers, self.num_layers)
+        is_last, new_blocks = last == self.num_layers, chunk.new_blocks if first == 0 else ()
+        work = PrefillWork(chunk.batch_id, chunk.slices, first, last, is_last, new_blocks)
+        if work.sampled_ids and is_stepping and not decision.partition.is_shared:
+            piece_s = self._predicted_s(work)
+            self._wake_s[Lane.PREFILL] = self._flight.merge_from_s(piece_s, self._tbt_s, self._beside_s)
+            if now_s < self._wake_s[Lane.PREFILL]:
+                return None
+        chunk.next_layer = last
         if is_last:
             self._open.pop()
-        new_blocks = chunk.new_blocks if first == 0 else ()
-        return PrefillWork(chunk.batch_id, chunk.slices, first, last, is_last, new_blocks), decision.partition
+        return work, decision.partition
 
-    def _form_chunk(self, now_s: float, most_tokens: int, most_slices: int | None = None) -> _Chunk | None:
+    def _form_chunk(self, now_s: float, most_tokens: int, most_slices: int | None = None) -> Chunk | None:
         """The next token chunk: prompts under way first, then the queue. While one is open: only who overtakes it."""
         slices, new_blocks = [], []
         room = self.max_prefill_tokens if self._open else min(most_tokens, self.max_prefill_tokens)
@@ -375,7 +375,7 @@ class Scheduler:
         self._num_batches += 1
         self._newest = tuple(slices)
         num_tokens = sum(len(s.token_ids) for s in slices)
-        return _Chunk(self._num_batches, self._newest, tuple(new_blocks), num_tokens)
+        return Chunk(self._num_batches, self._newest, tuple(new_blocks), num_tokens)
 
     def _fits(self, request: Request, num_kept_blocks: int = 0) -> bool:
         """There is a row and room for it, and a block more for everybody under way: two if blocks ran out lately.
@@ -471,9 +471,6 @@ class Scheduler:
             request.num_written_tokens = max(request.num_written_tokens, piece.end)
             if request.num_written_tokens // BLOCK_SIZE > len(request.nodes):
                 self.pool.enter(request)
-
-    def _grow(self, request: Request) -> NewBlocks:
-        return NewBlocks(request.row, len(request.block_ids), tuple(self.pool.allocate(request, 1)))
 
     def _give_back(self, request: Request) -> None:
         self.pool.release(request)

@@ -99,7 +99,7 @@ def test_the_tightest_promise_of_the_running_requests_counts():
         )
         engine.add(request)
     run(engine)
-    assert min(load.tbt_s for load in loads if load.decode.batch == 3) == 0.020
+    assert min(load.tbt_s for load in loads if load.decode.batch == 3) == pytest.approx(0.020, rel=0.02)
     assert {load.tbt_s for load in loads if load.decode.batch == 0} == {float("inf")}
     assert max(load.prompt_tokens for load in loads) >= 100
 
