@@ -4,7 +4,7 @@ A request's output is its own prompt, over and over, one token a step; at the te
 prompts begin with an order instead (see ORDERS). Text goes through the embedded model's tokenizer, so that what comes
 out can be read.
 
-    python tests/null_engine.py --fd N [--step-ms 2] [--load-s 0] [--fail TEXT] [--max-num-seqs 64] [--leak 0] [--sms 132]
+    python tests/null_engine.py --fd N [--step-ms 2] [--load-s 0] [--fail TEXT] [--max-num-seqs 64] [--leak 0] [--sms 1]
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ from nanodrift.server.engine_process import run  # noqa: E402
 
 WINDOW, VOCAB_SIZE, EOS_ID, KV_TOKENS = 2048, 2048, 2, 1600
 HOT = 99.0
-CRASH, DIE, SILENT, HANG = 2040, 2041, 2042, 2043
-ORDERS = {CRASH: "raise in the next step", DIE: "kill -9 itself", SILENT: "never answer", HANG: "never step again"}
+OOM, CRASH, DIE, SILENT, HANG = 2039, 2040, 2041, 2042, 2043
+ORDERS = {
+    OOM: "ask for more memory than there is",
+    CRASH: "raise in the next step",
+    DIE: "kill -9 itself",
+    SILENT: "never answer",
+    HANG: "never step again",
+}
 
 
 @dataclass
@@ -100,6 +106,8 @@ class NullEngine:
         prompt, params = request.prompt_token_ids, request.params
         if prompt[0] == CRASH:
             raise RuntimeError("the script says crash")
+        if prompt[0] == OOM:
+            bytearray(1 << 60)
         if prompt[0] == DIE:
             os.kill(os.getpid(), signal.SIGKILL)
         if prompt[0] == HANG:

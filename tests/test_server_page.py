@@ -180,3 +180,31 @@ def test_the_page_asks_for_the_key(browser, tmp_path):
         assert (
             browser.value(f"{LAST}.length") > 0 and browser.value("document.querySelectorAll('#chat img').length") == 0
         )
+
+
+@pytest.mark.slow
+def test_the_bar_follows_how_the_device_is_shared(browser, tmp_path):
+    """The null engine pretends to be a GPU whose lanes take turns, split it two ways and fuse, two seconds each."""
+    folder = Path(os.environ.get("NANODRIFT_SCREENSHOTS", tmp_path))
+    widths = "[...document.querySelectorAll('#bar span')].map(span => parseFloat(span.style.width) || 0)"
+    with running("--step-ms", "20", "--sms", "132") as server:
+        browser.size(390, 780, True)
+        browser("Page.navigate", url=server.url)
+        browser.wait("document.getElementById('model').textContent === 'echo'")
+        seen, steady = [], time.monotonic()
+        browser.type("Tell me about the fox, the owl and the frog. " * 40)
+        while time.monotonic() < steady + 10:
+            seen.append(tuple(browser.value(widths)))
+            if (
+                "split now" in browser.value("document.getElementById('device').textContent")
+                and seen[-1][0] * seen[-1][2]
+            ):
+                browser.screenshot(folder / "page-split-phone.png")
+            time.sleep(0.5)
+        assert all(sum(one) <= 100.5 for one in seen)
+        assert max(one[0] for one in seen) > 60  # exclusive: it decoded alone
+        assert max(one[1] for one in seen) > 60 and min(one[1] for one in seen) < 30  # fused, and then not
+        assert max(one[2] for one in seen) > 40  # split, three quarters of it for prefill
+        text = browser.value("document.getElementById('lanes').textContent")
+        assert "of 132 SMs" in text and "512 W" in text and "a device of the script" in text
+        assert browser.value("document.documentElement.scrollWidth") <= 390

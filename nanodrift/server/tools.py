@@ -61,10 +61,10 @@ def add_tools(app: FastAPI, served: Served) -> None:
 
 
 def _sharing(device_name: str) -> str:
-    """What the lanes' shares of busy time mean on this device, for people."""
+    """What the page's bar means on this device, for people."""
     if device_name.startswith("cpu"):
         return f"lane time on {device_name}, which has no partitions"
-    return f"lane time on {device_name}"
+    return device_name
 
 
 def _page_policy(text: str) -> str:
