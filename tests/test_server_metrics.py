@@ -3,6 +3,7 @@
 import asyncio
 import io
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +11,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from nanodrift.bench import explain
-from nanodrift.config import SLO
+from nanodrift.config import SLO, EngineConfig, ModelConfig
+from nanodrift.cost import CostModel, DecodeLoad, h200_prior
 from nanodrift.dispatch import Mode
 from nanodrift.metrics import RequestTimes
+from nanodrift.plan import Partition
 from nanodrift.server import dashboard
+from nanodrift.server.startup import policy_line, slo_warnings
 from nanodrift.server.telemetry import Telemetry
 
+ROOT = Path(__file__).resolve().parents[1]
 SEEN = {
     "decode": {"num_steps": 9, "error_p50": 0.01, "error_p95": 0.05, "violations": 0.01, "guarded_over_actual": 1.1}
 }
@@ -102,6 +107,26 @@ def test_a_device_without_partitions_says_so():
 
 def test_before_the_first_frame_there_is_a_picture_too():
     assert "idle" in shown({}, recent={"ttft": [], "tbt": []})
+
+
+def test_promises_below_a_bare_step_are_named():
+    cost = CostModel(ModelConfig.from_folder(ROOT / "nanodrift" / "configs" / "llama-3.1-8b"), h200_prior())
+    assert slo_warnings(SLO(), cost) == []
+    [text] = slo_warnings(SLO(tbt_ms=2), cost)
+    bare_ms = 1e3 * cost.decode_s(DecodeLoad(1, 1), 132)
+    assert "--slo-tbt-ms 2 cannot" in text and f"{bare_ms:.1f} ms" in text
+    assert [text.split()[0] for text in slo_warnings(SLO(ttft_ms=1, tbt_ms=1), cost)] == [
+        "--slo-tbt-ms",
+        "--slo-ttft-ms",
+    ]
+
+
+def test_the_policy_in_a_line():
+    cost = CostModel(ModelConfig.from_folder(ROOT / "nanodrift" / "configs" / "llama-3.1-8b"), h200_prior())
+    whole, half = Partition(132, 132, is_shared=True), Partition(100, 32)
+    assert policy_line(EngineConfig(), (whole,), cost).endswith("take turns on the whole device")
+    text = policy_line(EngineConfig(modes="split,fused"), (whole, half), cost)
+    assert text.startswith("mux (split,fused); decode on 32 or all 132 SMs") and "not measured" in text
 
 
 def test_it_runs_until_it_is_told_to_stop(stats):

@@ -108,6 +108,8 @@ async def _serve(args: argparse.Namespace, config: EngineConfig, keys, listener:
         if loading.done():
             await loading
             voice.print_table(client.info, time.perf_counter() - started_s, url, names[0], config.slo, bool(keys))
+            for text in client.info.get("warnings", ()):
+                voice.warn(text)
             if args.dashboard:
                 tasks.append(asyncio.create_task(dashboard.show(Console(stderr=True), client, telemetry, config.slo)))
             await _first_of(ended, stopping, draining, serving)

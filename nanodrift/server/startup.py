@@ -8,7 +8,9 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from nanodrift.config import SLO
+from nanodrift.config import SLO, EngineConfig
+from nanodrift.cost import CostModel, DecodeLoad, PrefillLoad
+from nanodrift.plan import Partition
 
 LOG_COLUMNS = 120  # where stderr is no terminal
 REAL_MODEL_LINE = "python serve.py --model qwen3-0.6b"
@@ -60,6 +62,34 @@ def lines_to_copy(info: dict, url: str, name: str, needs_key: bool) -> list[tupl
     if info["is_embedded"]:
         lines.append(("for a real model", REAL_MODEL_LINE))
     return lines
+
+
+def slo_warnings(slo: SLO, cost: CostModel) -> list[str]:
+    """Promises that cannot be kept even for one short request on an idle device, as the cost model predicts it."""
+    num_sms = cost.profile.num_sms
+    bare_tbt_ms = 1e3 * cost.decode_s(DecodeLoad(1, 1), num_sms)
+    bare_ttft_ms = 1e3 * cost.prefill_s(PrefillLoad.of_chunk(1, 0), num_sms)
+    found = []
+    for name, promised_ms, bare_ms in (("tbt", slo.tbt_ms, bare_tbt_ms), ("ttft", slo.ttft_ms, bare_ttft_ms)):
+        if promised_ms < bare_ms:
+            what = "a decode step of one request" if name == "tbt" else "a prompt of one token"
+            found.append(
+                f"--slo-{name}-ms {promised_ms:g} cannot be kept: {what}, alone on this device, is predicted to take "
+                f"{bare_ms:.1f} ms. Every request will miss it, and prompts get their least share of the time."
+            )
+    return found
+
+
+def policy_line(config: EngineConfig, partitions: tuple[Partition, ...], cost: CostModel) -> str:
+    """How prompts and tokens share the device, in a line."""
+    splits = sorted(partition.decode_sms for partition in partitions if not partition.is_shared)
+    name = config.policy if config.policy != "auto" else "mux" if splits else "turns"
+    if name == "turns":
+        return "first come, first served; prompts and tokens take turns on the whole device"
+    known = "measured costs" if cost.profile.is_measured else "costs not measured yet (bench.py calibrate)"
+    modes = f" ({config.modes})" if name == "mux" else ""
+    where = f"; decode on {', '.join(map(str, splits))} or all {partitions[0].decode_sms} SMs" if splits else ""
+    return f"{name}{modes}{where}; {known}"
 
 
 def warn(text: str) -> None:
