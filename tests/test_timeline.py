@@ -11,25 +11,25 @@ from nanodrift.dispatch import Mode
 from nanodrift.server.trace import Trace
 
 
-def slice_of(name, mode, start_ms, length_ms, sms, track=1):
-    event = {"ph": "X", "pid": 1, "tid": track, "name": name, "cat": mode, "args": {"sms": sms}}
+def slice_of(name, mode, start_ms, length_ms, sms, track=1, **more):
+    event = {"ph": "X", "pid": 1, "tid": track, "name": name, "cat": mode, "args": {"sms": sms, **more}}
     return event | {"ts": 1e3 * start_ms, "dur": 1e3 * length_ms}
 
 
 def test_a_band_of_the_chip_for_every_piece():
     events = [
-        slice_of("decode 4", "split", 1, 2, 32),
+        slice_of("decode 4", "split", 1, 2, 32, batch=4),
         slice_of("prefill 512", "split", 1, 5, 100),
-        slice_of("decode 4", "exclusive", 6, 1, 132),
-        slice_of("prefill 512", "fused", 7, 3, 100),
-        slice_of("decode 5", "fused", 7, 3, 32),
+        slice_of("decode 4", "exclusive", 6, 1, 132, batch=4),
+        slice_of("prefill 512", "fused", 7, 3, 100, first_tokens=1),
+        slice_of("decode 5", "fused", 7, 3, 32, batch=5),
         {"ph": "C", "name": "SMs", "ts": 0, "args": {"decode": 32, "prefill": 100}},
     ]
     assert timeline.bars(events, 132) == [
-        timeline.Bar(timeline.DECODE, 1, 2, 0, 32),
+        timeline.Bar(timeline.DECODE, 1, 2, 0, 32, "4"),
         timeline.Bar(timeline.PREFILL, 1, 5, 32, 100),
-        timeline.Bar(timeline.DECODE, 6, 1, 0, 132),
-        timeline.Bar(timeline.FUSED, 7, 3, 0, 132),
+        timeline.Bar(timeline.DECODE, 6, 1, 0, 132, "4"),
+        timeline.Bar(timeline.FUSED, 7, 3, 0, 132, "5", 1),
     ]
 
 

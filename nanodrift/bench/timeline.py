@@ -4,7 +4,8 @@
     python bench.py timeline TRACE.json --from-ms 1000 --to-ms 1100 --to figures/split
 
 Height is SMs, width is time: decode stands at the bottom, prefill on top of it, a fused step or a lane that has the
-whole chip fills both. White seams are the ends of steps and pieces. Needs matplotlib (``nanodrift[plots]``).
+whole chip fills both. Numbers are the rows of a decode step, a dot is a first token, white seams are the ends of steps
+and pieces. Needs matplotlib (``nanodrift[plots]``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 DECODE, PREFILL, FUSED = "#0072B2", "#E69F00", "#009E73"  # Okabe and Ito: told apart by colour-blind eyes
+MIN_LABEL_SHARE = 0.012  # of the figure's width
 INK, FAINT, LATE = "#2b2f36", "#8a909a", "#C8102E"
 STYLE = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK,
          "axes.edgecolor": FAINT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
@@ -32,13 +34,18 @@ class Bar:
     length_ms: float
     low_sms: int
     num_sms: int
+    label: str = ""  # of a decode or fused step: its rows
+    num_first_tokens: int = 0  # of prompts that end with it
 
 
 def bars(events: Iterable[dict], num_sms: int) -> list[Bar]:
     """Of a trace's slices. A fused step stands on both tracks and is one bar."""
-    found = []
+    found, num_first = [], 0
     for event in events:
-        if event["ph"] != "X" or (event["cat"] == "fused" and not event["name"].startswith("decode")):
+        if event["ph"] != "X":
+            continue
+        if event["cat"] == "fused" and not event["name"].startswith("decode"):
+            num_first = event["args"].get("first_tokens", 0)  # its other half comes next
             continue
         sms, is_decode = event["args"]["sms"], event["name"].startswith("decode")
         if event["cat"] == "fused":
@@ -47,7 +54,10 @@ def bars(events: Iterable[dict], num_sms: int) -> list[Bar]:
             color, low, height = DECODE if is_decode else PREFILL, 0, num_sms
         else:
             color, low, height = (DECODE, 0, sms) if is_decode else (PREFILL, num_sms - sms, sms)
-        found.append(Bar(color, event["ts"] / 1e3, event["dur"] / 1e3, low, height))
+        label = str(event["args"].get("batch", "")) if is_decode else ""
+        num_first = num_first if event["cat"] == "fused" else event["args"].get("first_tokens", 0)
+        found.append(Bar(color, event["ts"] / 1e3, event["dur"] / 1e3, low, height, label, num_first))
+        num_first = 0
     return found
 
 
@@ -60,6 +70,16 @@ def draw_bars(ax, found: list[Bar], num_sms: int) -> None:
     ax.set_ylim(0, num_sms)
     ax.set_yticks([0, num_sms])
     ax.tick_params(length=2)
+
+
+def annotate(ax, found: list[Bar], length_ms: float) -> None:
+    """Batch sizes where they fit in, a dot where prompts end."""
+    for bar in found:
+        if bar.label and bar.length_ms > MIN_LABEL_SHARE * length_ms:
+            where = (bar.start_ms + bar.length_ms / 2, bar.low_sms + bar.num_sms / 2)
+            ax.annotate(bar.label, where, color="white", fontsize=7, ha="center", va="center", annotation_clip=True)
+        if bar.num_first_tokens:
+            ax.scatter(bar.start_ms + bar.length_ms, ax.get_ylim()[1] * 1.04, s=10, color=INK, clip_on=False)
 
 
 def legend(figure, more=(), **where) -> None:
@@ -96,6 +116,7 @@ def draw(trace: dict, from_ms: float, to_ms: float):
     figure, axes = pyplot.subplots(1 + len(power), 1, figsize=(11, 2.6 + 0.9 * len(power)), sharex=True, squeeze=False,
                                    height_ratios=[2.4] + [1] * len(power))  # fmt: skip
     draw_bars(axes[0][0], shown, about["num_sms"])
+    annotate(axes[0][0], shown, to_ms - from_ms)
     axes[0][0].set_ylabel("SMs")
     for (ax,), (unit, samples) in zip(axes[1:], power, strict=True):
         ax.plot(*zip(*samples, strict=True), color=INK, linewidth=1)
