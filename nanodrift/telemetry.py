@@ -85,20 +85,22 @@ class Telemetry:
                 self._newest["chunk_tokens"] = part.num_tokens
 
     def on_complete(self, completion: Completion) -> None:
-        """Completions come in the order of their ends."""
+        """Completions come in about the order of their ends, which are when the host saw them: a little late."""
         ticket, end_s = completion.ticket, completion.finished_s
         lanes = tuple(Lane) if ticket.partition.is_shared else ticket.work.lanes  # which it cannot have run beside
         earliest_s = max(ticket.launched_s, *(self._sides[lane].end_s for lane in lanes))
-        start_s = max(earliest_s, end_s - completion.busy_s) if completion.busy_s else min(earliest_s, end_s)
+        busy_s = completion.busy_s or max(0.0, end_s - earliest_s)
         shape = (mode_of(ticket.work, ticket.partition), ticket.partition)
         for part in ticket.work.parts:
-            self._book(part, shape[0], start_s, end_s)
+            self._book(part, shape[0], busy_s, end_s)
         for lane in ticket.work.lanes:
             self._sides[lane].other_whole_chip_s = self._sides[OTHER[lane]].whole_chip_s
-        self._residency[shape] = self._residency.get(shape, 0.0) + self._unseen_s(start_s, end_s)
+        unseen_s = self._unseen_s(end_s - busy_s, end_s)
+        seconds = unseen_s if shape[0] is Mode.SPLIT else busy_s  # the other modes run one thing at a time
+        self._residency[shape] = self._residency.get(shape, 0.0) + seconds
         self._note_merges(completion)
         for listener in self.listeners:
-            listener(completion, start_s)
+            listener(completion, min(end_s, max(earliest_s, end_s - busy_s)))
 
     def stats(self) -> dict:
         mode, partition = self._shape or (None, self._partitions[0])
@@ -121,7 +123,7 @@ class Telemetry:
             **lanes,
         }
 
-    def _book(self, part: PrefillWork | DecodeWork, mode: Mode, start_s: float, end_s: float) -> None:
+    def _book(self, part: PrefillWork | DecodeWork, mode: Mode, busy_s: float, end_s: float) -> None:
         side, other = self._sides[part.lanes[0]], self._sides[OTHER[part.lanes[0]]]
         if isinstance(part, DecodeWork):
             request_ids, has_waited = frozenset(part.request_ids), False
@@ -129,9 +131,9 @@ class Telemetry:
             request_ids = frozenset(piece.request_id for piece in part.slices)
             has_waited = any(i in self._requests and self._requests[i].arrival_s <= side.end_s for i in request_ids)
         if has_waited or not request_ids.isdisjoint(side.request_ids):
-            side.bubble_s += max(0.0, start_s - side.end_s - (other.whole_chip_s - side.other_whole_chip_s))
-        side.busy_s += end_s - start_s
-        side.whole_chip_s += end_s - start_s if mode is Mode.EXCLUSIVE else 0.0
+            side.bubble_s += max(0.0, end_s - busy_s - side.end_s - (other.whole_chip_s - side.other_whole_chip_s))
+        side.busy_s += busy_s
+        side.whole_chip_s += busy_s if mode is Mode.EXCLUSIVE else 0.0
         side.end_s, side.request_ids = end_s, request_ids
 
     def _unseen_s(self, start_s: float, end_s: float) -> float:

@@ -4,6 +4,7 @@ The embedded model runs in one server for the whole file; how programs end is tr
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -37,12 +38,15 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def embedded():
-    with program("--port", "0", "--device", "cpu") as one:
+def embedded(tmp_path_factory):
+    trace = tmp_path_factory.mktemp("trace") / "run.json"
+    with program("--port", "0", "--device", "cpu", "--trace", str(trace)) as one:
         one.url = one.wait_url()
         yield one
         one.process.send_signal(signal.SIGINT)
         assert one.wait() == 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {event["tid"] for event in events if event["ph"] == "X"} == {1, 2}  # both lanes have worked
 
 
 @pytest.fixture(scope="module")

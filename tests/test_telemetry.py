@@ -102,6 +102,17 @@ def test_the_other_lanes_turn_on_the_whole_chip_is_no_bubble():
     assert stats["repartitions_total"] == 0
 
 
+def test_a_host_that_looks_late_loses_no_busy_time():
+    machine = Machine()
+    machine.ran(decode("a"), WHOLE, 0.0, 1.0)
+    ticket = Ticket(9, decode("a"), WHOLE, 0.5)
+    machine.telemetry.on_complete(Completion(ticket, 1.0, busy_s=1.0))  # seen together with the first
+    machine.ran(decode("a"), WHOLE, 2.0, 2.5)
+    stats = machine.stats
+    assert stats["decode_busy_seconds_total"] == 2.5 == stats["residency"][0][3]
+    assert stats["decode_bubble_seconds_total"] == 1.0  # as far as the host could see
+
+
 def test_the_first_gap_of_a_request_is_its_merge():
     machine = Machine()
     for name in "abc":
