@@ -149,7 +149,8 @@ ODD_VALUES = [
     b'{"a": {"b": []}}',
 ]  # fmt: skip
 FIELDS = ["prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "stop_token_ids", "stream",
-          "stream_options", "slo", "model", "min_tokens"]  # fmt: skip
+          "stream_options", "slo", "model", "min_tokens", "logprobs", "echo", "logit_bias", "priority", "request_id",
+          "repetition_penalty", "presence_penalty", "truncate_prompt_tokens", "cache_salt"]  # fmt: skip
 
 
 def corpus() -> list[bytes]:

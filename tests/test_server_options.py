@@ -184,3 +184,22 @@ def test_who_would_be_late_is_told_at_the_door(is_enforced):
             assert complete(http, prompt=[7] * 100, max_tokens=1, slo={"ttft_ms": 60_000}).status_code == 200
             assert all(one.result().status_code == 200 for one in waiting)
         eventually(lambda: server.client.admission.num_waiting_tokens == 0)
+
+
+def test_a_lower_priority_goes_first():
+    """A row for one: whoever comes later with a lower number is served before those that wait."""
+    with running("--step-ms", "20", "--max-num-seqs", "1") as server, ThreadPoolExecutor(3) as pool:
+        ended = []
+
+        def ask(priority: int, max_tokens: int) -> None:
+            body = {"prompt": [7], "max_tokens": max_tokens, "priority": priority}
+            assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S).status_code == 200
+            ended.append(priority)
+
+        waiting = []
+        for number, (priority, max_tokens) in enumerate([(-9, 30), (5, 5), (-5, 5)]):
+            waiting.append(pool.submit(ask, priority, max_tokens))
+            eventually(lambda number=number: server.client.num_in_flight == number + 1)
+        for one in waiting:
+            one.result()
+        assert ended == [-9, -5, 5]

@@ -25,6 +25,7 @@ CANARY = "xyzzy-plugh-42"
 
 MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml"}
 MODULES |= {"multiprocessing", "xmlrpc", "zmq"}
+OFFLINE = "nanodrift/bench/"  # tools for one's own machine: they may start workers, and read what they wrote themselves
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 ATTRIBUTES = {"torch.load", "yaml.load", "os.system", "os.popen", "numpy.load", "np.load", "torch.jit.load"}
 TRANSFORMERS = {"transformers", "sentencepiece"}  # they can run a repository's Python
@@ -50,7 +51,8 @@ def dangers(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_data_becomes_code(path):
-    assert dangers(path.read_text()) == []
+    is_offline = path.is_relative_to(ROOT / OFFLINE)
+    assert [found for found in dangers(path.read_text()) if not (is_offline and found == "multiprocessing")] == []
 
 
 @pytest.mark.parametrize(
@@ -116,9 +118,16 @@ def test_an_ordinary_template_counts_and_multiplies():
 def test_a_request_brings_no_template_of_its_own():
     with running() as server, httpx.Client(base_url=server.url) as http:
         chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
-        for field, value in [("chat_template", "{{ 1 }}"), ("chat_template_kwargs", {"tokenize": False})]:
-            response = http.post("/v1/chat/completions", json=chat | {field: value})
-            assert f"`{field}` is not supported" in error_of(response, 400)["message"]
+        refused = http.post("/v1/chat/completions", json=chat | {"chat_template": "{{ 1 }}"})
+        assert "`chat_template` is not supported" in error_of(refused, 400)["message"]
+        for options in (
+            {"tokenize": False},
+            {"messages": []},
+            {"enable_thinking": "{{ 1 }}"},
+            {"date_string": "a" * 101},
+        ):
+            refused = http.post("/v1/chat/completions", json=chat | {"chat_template_kwargs": options})
+            assert "may hold" in error_of(refused, 400)["message"]
         assert http.post("/tokenize", json=chat | {"chat_template": "{{ 1 }}"}).json()["count"] > 1  # ignored
 
 
