@@ -165,11 +165,12 @@ class Dispatcher:
         layer_s, room_s = body_s / num_layers, load.tbt_s - decode_s - head_s
         if is_forced:
             room_s = max(layer_s, decode_s * MIN_PREFILL_SHARE / (1 - MIN_PREFILL_SHARE))
-        layers = min(math.floor(room_s / layer_s), num_layers)
-        if layers < 1:
+        if room_s < layer_s:
             return None
+        turns = math.ceil(num_layers / math.floor(room_s / layer_s))
+        layers = math.ceil(num_layers / turns)  # even pieces
         gap_s = decode_s + layer_s * layers + head_s
-        rate = chunk.num_tokens * layers / num_layers / gap_s
+        rate = chunk.num_tokens / (body_s + head_s + turns * decode_s)
         decision = (Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, gap_s, rate)
         return Decision(*decision, is_forced, decode_s)
 

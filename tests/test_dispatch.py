@@ -95,11 +95,13 @@ def test_a_fused_chunk_grows_with_the_tbt():
     assert chunks[0] < chunks[-1] == 2048
 
 
-def test_exclusive_fills_the_gap_with_layers():
+def test_exclusive_takes_the_fewest_turns_that_the_tbt_allows():
     decision = dispatcher([Mode.EXCLUSIVE]).choose(load(tbt_ms=20))
     decode_s = COST.decode_s(DecodeLoad(40, 40 * 1024), 132)
     layer_s = COST.prefill_s(PrefillLoad.of_chunk(2048, 0), 132) / 32
-    assert decode_s + decision.layers * layer_s <= 0.020 < decode_s + (decision.layers + 1) * layer_s
+    turns = -(-32 // decision.layers)
+    assert decode_s + decision.layers * layer_s <= 0.020 < decode_s + -(-32 // (turns - 1)) * layer_s
+    assert decision.prompt_tokens_per_s == pytest.approx(2048 / (32 * layer_s + turns * decode_s))
 
 
 def test_an_idle_lane_leaves_the_chip_to_the_other():
