@@ -7,7 +7,7 @@ prefill, decode and fused steps share since weights are read once whoever asks, 
     products(M, n)  = a table of measured passes over (M tokens, n SMs), straight lines between; before calibration
                       max(weight bytes / bandwidth(n), 2 parameters M / rate(n))
     prefill attn    = sum n_i^2 / 2 * 4 H D L / causal rate(n) + sum n_i r_i * 4 H D L / prefix rate(n)
-                      n_i new tokens after r_i; fewer tokens than fill the SMs leave some of them idle
+                      n_i new tokens after r_i; at least what the tile of the longest context takes
     decode attn     = (sum context_i + start * batch) * KV bytes per token / KV bandwidth(n)
     side by side    = the slower of two attentions on their own SMs, times contention, plus fork and join
 
@@ -36,7 +36,7 @@ SHAPE = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_
          "is_head_tied")  # what of a model decides its times  # fmt: skip
 ANY_SMS = 0  # in place of an SM count: of all together
 ALONE_SHARE, BESIDE_SHARE = 0.1, 0.75  # of a step's time beside the other lane: at most, at least
-ATTENTION_ROWS_PER_SM = 128  # query rows, all heads counted, that prefill attention keeps in an SM at once
+ATTENTION_ROWS_PER_SM = 96  # query rows, all heads counted, that keep an SM busy in prefill attention
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Profile:
     kv_start_tokens: float = 0.0  # what starting on a request costs decode attention, in tokens of context
     beside_factor: float = 1.1  # what two attentions beside each other cost the slower one
     passes: tuple[tuple[int, Curve], ...] = ()  # (tokens, passes through all layers' products per second)
+    fused_passes: tuple[tuple[int, Curve], ...] = ()  # the same of fused steps, which run other graphs
     factors: tuple[tuple, ...] = ()  # of the guard: lane, the fields of Cell, mean, worst, samples
     gpu: str = ""  # the rest: what this was measured on, and how
     dtype: str = ""
@@ -98,7 +99,8 @@ def read_profile(path: str | Path) -> Profile:
     try:
         raw = json.loads(Path(path).read_text())
         values = {key: curve(value) if key.endswith("_per_s") else value for key, value in dict(raw).items()}
-        values["passes"] = tuple((num_tokens, curve(points)) for num_tokens, points in raw["passes"])
+        for key in ("passes", "fused_passes"):
+            values[key] = tuple((num_tokens, curve(points)) for num_tokens, points in raw[key])
         return Profile(**values | {"factors": tuple(map(tuple, raw["factors"]))})
     except (OSError, TypeError, KeyError, ValueError) as error:
         raise ConfigError(
@@ -149,22 +151,29 @@ class PrefillLoad:
     num_pairs: float = 0.0  # query-key pairs: sum of n^2 / 2 + n r
     num_sampled: int = 0
     num_prefix_pairs: float = 0.0  # of the pairs, those with what came before: sum of n r
+    longest: int = 0  # context that a query sees
 
     @classmethod
     def of(cls, slices: Iterable[PrefillSlice]) -> PrefillLoad:
-        num_tokens = num_sampled = 0
+        slices = tuple(slices)
+        num_sampled = sum(piece.params is not None for piece in slices)
+        return cls.of_parts(((len(piece.token_ids), piece.start) for piece in slices), num_sampled)
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[tuple[int, int]], num_sampled: int = 0) -> PrefillLoad:
+        """``parts``: (new tokens, tokens before them) of each prompt."""
+        num_tokens = longest = 0
         num_causal = num_prefix = 0.0
-        for piece in slices:
-            n = len(piece.token_ids)
+        for n, start in parts:
             num_tokens += n
             num_causal += n * n / 2
-            num_prefix += n * piece.start
-            num_sampled += piece.params is not None
-        return cls(num_tokens, num_causal + num_prefix, num_sampled, num_prefix)
+            num_prefix += n * start
+            longest = max(longest, n + start)
+        return cls(num_tokens, num_causal + num_prefix, num_sampled, num_prefix, longest)
 
     @classmethod
     def of_chunk(cls, num_tokens: int, start: int) -> PrefillLoad:
-        return cls(num_tokens, num_tokens * num_tokens / 2 + num_tokens * start, 0, num_tokens * start)
+        return cls.of_parts(((num_tokens, start),))
 
 
 @dataclass(frozen=True)
@@ -203,13 +212,15 @@ class CostModel:
         self._layer_parameters = config.num_parameters - vocabularies * head_parameters
         self._head_share = head_parameters / self._layer_parameters
         self._itemsize = itemsize
-        self._sites: dict[int, _Site] = {}
+        self._sites: dict[tuple[int, bool], _Site] = {}
 
     def products_s(self, num_tokens: int, num_sms: int) -> float:
         """All weight products of all layers on ``num_tokens`` tokens."""
+        return self._products_s(self._at(num_sms), num_tokens)
+
+    def _products_s(self, site: _Site, num_tokens: int) -> float:
         if num_tokens == 0:
             return 0.0
-        site = self._at(num_sms)
         right = bisect_right(site.tokens, num_tokens)
         if right == 0:
             return site.seconds[0]
@@ -230,7 +241,7 @@ class CostModel:
     def fused_s(self, prefill: PrefillLoad, decode: DecodeLoad, prefill_sms: int, decode_sms: int) -> float:
         """One pass for both on the whole chip; the attentions side by side if their SMs fit beside each other."""
         whole = self.profile.num_sms
-        rest_s = self._pass_s(prefill.num_tokens + decode.batch, prefill.num_sampled + decode.batch, whole)
+        rest_s = self._pass_s(prefill.num_tokens + decode.batch, prefill.num_sampled + decode.batch, whole, True)
         attentions = self._prefill_attention_s(prefill, prefill_sms), self._decode_attention_s(decode, decode_sms)
         if prefill_sms + decode_sms > whole:
             attention_s = sum(attentions)
@@ -263,16 +274,17 @@ class CostModel:
             self._num_corrections[key] = num
             self.scales[key] = self.scale(*key) + max(0.01, 1 / num) * (ratio - self.scale(*key))
 
-    def _at(self, num_sms: int) -> _Site:
-        if num_sms not in self._sites:
-            self._sites[num_sms] = self._make_site(num_sms)
-        return self._sites[num_sms]
+    def _at(self, num_sms: int, is_fused: bool = False) -> _Site:
+        key = num_sms, is_fused
+        if key not in self._sites:
+            self._sites[key] = self._make_site(num_sms, (is_fused and self.profile.fused_passes) or self.profile.passes)
+        return self._sites[key]
 
-    def _make_site(self, num_sms: int) -> _Site:
+    def _make_site(self, num_sms: int, passes: tuple[tuple[int, Curve], ...]) -> _Site:
         profile, config = self.profile, self.config
-        if profile.passes:
-            tokens = tuple(num_tokens for num_tokens, _ in profile.passes)
-            seconds = tuple(accumulate((1 / rate.at(num_sms) for _, rate in profile.passes), max))
+        if passes:
+            tokens = tuple(num_tokens for num_tokens, _ in passes)
+            seconds = tuple(accumulate((1 / rate.at(num_sms) for _, rate in passes), max))
         else:  # the roofline: reading the weights up to the knee, multiplying beyond it
             bytes_s = self._layer_parameters * self._itemsize / profile.weight_bytes_per_s.at(num_sms)
             knee = bytes_s * profile.flops_per_s.at(num_sms) / (2 * self._layer_parameters)
@@ -287,14 +299,14 @@ class CostModel:
             kv_s=config.num_kv_values_per_token * self._itemsize / profile.kv_bytes_per_s.at(num_sms),
         )
 
-    def _pass_s(self, num_tokens: int, num_sampled: int, num_sms: int) -> float:
+    def _pass_s(self, num_tokens: int, num_sampled: int, num_sms: int, is_fused: bool = False) -> float:
         head_s = self._head_share * self.products_s(num_sampled, num_sms)
-        return self.products_s(num_tokens, num_sms) + head_s + self.profile.step_overhead_s
+        return self._products_s(self._at(num_sms, is_fused), num_tokens) + head_s + self.profile.step_overhead_s
 
     def _prefill_attention_s(self, load: PrefillLoad, num_sms: int) -> float:
         site = self._at(num_sms)
         full_s = (load.num_pairs - load.num_prefix_pairs) * site.causal_s + load.num_prefix_pairs * site.prefix_s
-        return full_s * max(1.0, site.full_tokens / max(load.num_tokens, 1))
+        return max(full_s, site.full_tokens * load.longest * site.prefix_s)  # no tile ends before its own last key
 
     def _decode_attention_s(self, load: DecodeLoad, num_sms: int) -> float:
         return (load.context_tokens + self.profile.kv_start_tokens * load.batch) * self._at(num_sms).kv_s

@@ -101,7 +101,10 @@ def test_prefill_takes_at_least_as_long_as_its_launches():
 
 def test_attention_of_prefill_counts_what_came_before_and_idle_sms():
     cost = CostModel(
-        LLAMA, measured(attention_flops_per_s=Curve(((132, 1e14),)), prefix_flops_per_s=Curve(((132, 2e14),)))
+        LLAMA,
+        measured(
+            attention_flops_per_s=Curve(((132, 1e14),)), prefix_flops_per_s=Curve(((132, 2e14),)), host_launch_s=0.0
+        ),
     )
 
     def attention_s(n, r):
@@ -110,9 +113,10 @@ def test_attention_of_prefill_counts_what_came_before_and_idle_sms():
     flops = 4 * 4096 * 32
     assert attention_s(2048, 0) == pytest.approx(2048**2 / 2 * flops / 1e14)
     assert attention_s(2048, 8192) - attention_s(2048, 0) == pytest.approx(2048 * 8192 * flops / 2e14)
-    assert attention_s(264, 8192) == pytest.approx(attention_s(528, 8192) - (528**2 - 2 * 264**2) / 2 * flops / 1e14), (
-        "264 tokens fill half of 132 SMs, so they take as long as 528"
-    )
+    few_s = 396 * (8192 + 100) * flops / 2e14  # a tile of 100 tokens walks as far as one of many
+    assert attention_s(100, 8192) == pytest.approx(few_s), "396 tokens would keep 132 SMs busy"
+    two = PrefillLoad.of_parts(((100, 8192), (296, 0)))
+    assert cost.prefill_s(two, 132) - cost.prefill_s(PrefillLoad(396), 132) == pytest.approx(few_s)
 
 
 def test_decode_attention_counts_context_and_requests():
@@ -138,6 +142,7 @@ def test_side_by_side_takes_the_slower_attention():
 def write(folder, profile, name="some.json"):
     raw = {key: value.points if isinstance(value, Curve) else value for key, value in vars(profile).items()}
     raw["passes"] = [[num_tokens, curve.points] for num_tokens, curve in profile.passes]
+    raw["fused_passes"] = []
     (folder / name).write_text(json.dumps(raw))
     return folder / name
 

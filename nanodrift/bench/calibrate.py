@@ -31,10 +31,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nanodrift.bench.windows import Driver, Shape
 from nanodrift.config import ConfigError, ModelConfig
-from nanodrift.cost import SHAPE, Cell, CostModel, Curve, DecodeLoad, Guard, Observer, PrefillLoad, Profile, h200_prior
+from nanodrift.cost import (
+    ATTENTION_ROWS_PER_SM,
+    SHAPE,
+    Cell,
+    CostModel,
+    Curve,
+    DecodeLoad,
+    Guard,
+    Observer,
+    PrefillLoad,
+    Profile,
+    h200_prior,
+)
 from nanodrift.plan import Lane, Partition
 
-WINDOW_S, QUICK_WINDOW_S = 1.6, 0.4
+WINDOW_S, QUICK_WINDOW_S = 1.5, 0.5
+LIGHT = 0.55  # of a window, where only decode runs: it draws too little for the clock to fall
 HOST_BOUND = 1.15  # a chunk that takes less than this over its launches was waiting for the host
 K = 1024
 
@@ -48,7 +61,7 @@ def shapes(partitions: Iterable[Partition], is_quick: bool = False) -> list[Shap
     splits = [p for p in partitions if not p.is_shared]
     found = []
     for partition in (whole, *splits):
-        found += [Shape(partition, (K,) * batch) for batch in (1, 8, 16, 32, 64, 128, 256)]
+        found += [Shape(partition, (K,) * batch) for batch in (1, 16, 32, 64, 128, 256)]
         found += [Shape(partition, (8 * K,) * batch) for batch in (16, 64)]
         found += [Shape(partition, prompts=((n, 0),)) for n in (256, 512, K, 2 * K)]
         found += [Shape(partition, prompts=((128, 0),) * 16), Shape(partition, prompts=((2 * K, 6 * K),))]
@@ -75,7 +88,7 @@ def measure(driver: Driver, wanted: list[Shape], window_s: float, console: Conso
         task = progress.add_task("windows", total=len(wanted))
         for shape in wanted:
             if driver.has_room(shape):
-                window = driver.run(shape, window_s)
+                window = driver.run(shape, window_s * (LIGHT if shape.lanes == (Lane.DECODE,) else 1))
                 if window.is_enough:
                     rows.append(window.summary(driver.num_layers))
             progress.advance(task)
@@ -121,9 +134,9 @@ def fit(rows: list[dict], config: ModelConfig, num_sms: int, about: dict) -> Pro
     for (sms, prompts), chunk_s in seen.items():
         (n, start), *others = prompts
         if start == 0 and not others and sms not in passes[n]:
-            passes[n][sms] = chunk_s - n * n / 2 * flops_per_pair / causal[sms] * max(
-                1, sms * 128 / config.num_heads / n
-            )
+            full_tokens = sms * ATTENTION_ROWS_PER_SM / config.num_heads
+            attention_s = flops_per_pair * n * max(n / 2 / causal[sms], full_tokens / prefix[sms])  # as cost.py has it
+            passes[n][sms] = chunk_s - attention_s
     passes = {n: of for n, of in sorted(passes.items()) if num_sms in of}
     host_s = [row["host_ms_per_layer"] / 1e3 for row in prefill if row["prompts"][0][0] == 256]
     prior = h200_prior()
@@ -149,17 +162,25 @@ def fit(rows: list[dict], config: ModelConfig, num_sms: int, about: dict) -> Pro
 
 
 def _fit_fused(profile: Profile, config: ModelConfig, rows: list[dict]) -> Profile:
-    """What two attentions beside each other cost: the median over the windows that had them."""
-    model = CostModel(config, replace(profile, beside_factor=1.0, fork_join_s=0.0))
-    found = []
+    """The passes of fused steps; then what two attentions beside each other cost, the median where they matter."""
+    rest: dict[int, list[float]] = defaultdict(list)
+    model = CostModel(config, profile)
+    for row in rows:
+        if row["shared"]:
+            prefill, decode = loads(row)
+            num_tokens = prefill.num_tokens + decode.batch
+            known_s = predicted_s(model, row, Lane.DECODE) - model.products_s(num_tokens, profile.num_sms)
+            rest[num_tokens].append(row["step_ms"]["p50"] / 1e3 - known_s)
+    passes = tuple((num_tokens, _rate({profile.num_sms: median(of)})) for num_tokens, of in sorted(rest.items()))
+    profile = replace(profile, fused_passes=passes)
+    model, found = CostModel(config, replace(profile, beside_factor=1.0, fork_join_s=0.0)), []
     for row in rows:
         prefill, decode = loads(row)
         if not row["shared"] and decode.context_tokens > 100 * K:
-            bare = DecodeLoad(decode.batch, 0)
-            rest_s = model.fused_s(replace(prefill, num_pairs=0.0, num_prefix_pairs=0.0), bare, 132, 132)
-            slower_s = model.fused_s(prefill, decode, row["prefill_sms"], row["decode_sms"]) - rest_s
-            extra_s = row["step_ms"]["p50"] / 1e3 - rest_s - profile.fork_join_s * config.num_layers
-            found.append(extra_s / slower_s)
+            bare = PrefillLoad(prefill.num_tokens, 0.0, prefill.num_sampled), DecodeLoad(decode.batch, 0)
+            rest_s = model.fused_s(*bare, profile.num_sms, profile.num_sms)
+            slower_s = predicted_s(model, row, Lane.DECODE) - rest_s
+            found.append((row["step_ms"]["p50"] / 1e3 - rest_s - profile.fork_join_s * config.num_layers) / slower_s)
     return replace(profile, beside_factor=round(max(1.0, median(found)), 3)) if found else profile
 
 
@@ -235,7 +256,8 @@ def _drawn(rows: list[dict]) -> dict:
 def write_profile(profile: Profile, path: Path) -> None:
     """JSON, a row of a table on a line."""
     raw = {key: value.points if isinstance(value, Curve) else value for key, value in vars(profile).items()}
-    raw["passes"] = [[num_tokens, curve.points] for num_tokens, curve in profile.passes]
+    for key in ("passes", "fused_passes"):
+        raw[key] = [[num_tokens, curve.points] for num_tokens, curve in raw[key]]
     lines = []
     for key, value in raw.items():
         is_table = isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple)

@@ -33,9 +33,7 @@ CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (8, 16, 32, 64, 128)
 PROMPTS = (512, 2048, 8192, 32768)
 WAYS = ("split", "fused in sequence", "fused side by side", "exclusive")
-CORNERS = tuple(
-    itertools.product((10, 25), ((16, 1024), (64, 1024), (16, 8192), (64, 8192), (16, 32768)), (2048, 8192))
-)
+CORNERS = tuple(itertools.product((10, 25), ((16, 1024), (64, 1024), (16, 8192), (64, 8192), (16, 32768)), (8192,)))
 MAX_KV_TOKENS = 850_000  # what an H200 has room for beside an 8B model
 CHUNK_TOKENS = 2048  # of a prefill chunk: max_prefill_tokens of the engine
 

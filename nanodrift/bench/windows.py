@@ -1,7 +1,7 @@
 """Keeps one kind of load on an executor for a while, and says how long its steps took: what calibration is made of.
 
 A window is steady: so many rows decode at such contexts, or chunks of such prompts go through the layers, or both side
-by side, in turns or fused; two pieces of work are in flight on each lane, as in serving. The first third is thrown
+by side, in turns or fused; two pieces of work are in flight on each lane, as in serving. The first 0.4 of it is thrown
 away, for clocks settle under load. Drives any executor by its protocol: no scheduler, no policy, no torch. The KV cache
 should hold noise (``calibrate.open_device`` sees to that): zeros draw less power.
 """
@@ -52,8 +52,7 @@ class Shape:
 
     @property
     def chunk(self) -> PrefillLoad:
-        causal, prefix = sum(n * n / 2 for n, _ in self.prompts), float(sum(n * r for n, r in self.prompts))
-        return PrefillLoad(sum(n for n, _ in self.prompts), causal + prefix, len(self.prompts), prefix)
+        return PrefillLoad.of_parts(self.prompts, len(self.prompts))
 
     def num_blocks(self) -> int:
         return sum(blocks_for(n + GROWTH + 2) for n in self.contexts) + sum(blocks_for(n + r) for n, r in self.prompts)
@@ -129,14 +128,14 @@ class Driver:
         clock, power = self.executor.clock, self._power() if self._power else None
         with power or contextlib.nullcontext():
             started_s = clock.now()
-            until_s, settled_s = started_s + seconds, started_s + seconds / 3
+            until_s, settled_s = started_s + seconds, started_s + 0.4 * seconds
             while clock.now() < until_s or (not window.is_enough and clock.now() < started_s + 4 * seconds):
                 stretch = self._stretch(shape, until_s, window.host_s)
                 settled = [c for c in stretch if c.finished_s - c.busy_s >= settled_s]
                 if len(settled) > 4:
                     window.stretches.append(settled)
         if power and power.samples:
-            samples = power.samples[len(power.samples) // 3 :]
+            samples = power.samples[2 * len(power.samples) // 5 :]
             window.sm_mhz, window.watts = median(s[0] for s in samples), median(s[1] for s in samples)
         return window
 
