@@ -17,7 +17,7 @@ from random import Random
 from nanodrift.config import BLOCK_SIZE
 from nanodrift.executor import VirtualClock
 from nanodrift.kvcache import BlockPool
-from nanodrift.plan import Completion, FusedWork, Lane, Partition, PrefillWork, Ticket
+from nanodrift.plan import MAX_OPEN_CHUNKS, Completion, FusedWork, Lane, Partition, PrefillWork, Ticket
 from nanodrift.request import Request
 
 VOCAB_SIZE = 50
@@ -63,6 +63,8 @@ class PagedMachine:
         self.in_flight: deque[Ticket] = deque()
         self.launches: list = []
         self.layers_done: dict[int, int] = {}
+        self.state_of: dict[int, tuple] = {}  # batch id -> the slices of that chunk
+        self.state_sets: list[int] = []  # batch ids of the chunks whose hidden states are kept, as launched last
         self.num_prefill_tokens = 0  # computed in all
         self.random = Random(seed)
         self.watch_launch: Callable = lambda work: None
@@ -70,6 +72,8 @@ class PagedMachine:
     def launch(self, work, partition) -> Ticket:
         for part in work.parts:
             self.watch_launch(part)
+        if isinstance(work, PrefillWork):
+            self._take_state_set(work)
         ticket = Ticket(len(self.launches), work, partition, self.clock.now())
         self.launches.append(work)
         self.in_flight.append(ticket)
@@ -91,6 +95,13 @@ class PagedMachine:
     def close(self):
         pass
 
+    def _take_state_set(self, work: PrefillWork) -> None:
+        """A chunk that begins takes the state set that was not used for longest; one that goes on must have one."""
+        if work.first_layer > 0:
+            assert work.batch_id in self.state_sets, "its hidden states were given to another chunk"
+            self.state_sets.remove(work.batch_id)
+        self.state_sets = [*self.state_sets, work.batch_id][-MAX_OPEN_CHUNKS:]
+
     def _is_first(self, index: int) -> bool:
         """Of its lane, and of those that hold the same SMs."""
         ticket = self.in_flight[index]
@@ -105,6 +116,7 @@ class PagedMachine:
         if isinstance(work, PrefillWork):
             done = self.layers_done.get(work.batch_id, 0)
             assert work.first_layer == done, "layer chunks out of order"
+            assert self.state_of.setdefault(work.batch_id, work.slices) == work.slices, "another chunk's state"
             assert work.last_layer > done
             assert work.is_last == (work.last_layer == self.num_layers)
             self.layers_done[work.batch_id] = work.last_layer

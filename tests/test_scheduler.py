@@ -9,11 +9,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from paged_machine import VOCAB_SIZE, PagedMachine, check_pool, expected_output
 
+from nanodrift.baselines import Chunked, PrefillFirst
 from nanodrift.config import BLOCK_SIZE, SLO
 from nanodrift.dispatch import Decision, Mode, Turns
 from nanodrift.engine import Engine
 from nanodrift.kvcache import blocks_for
-from nanodrift.plan import DecodeWork, FusedWork, Lane, Partition, PrefillWork
+from nanodrift.plan import (
+    MAX_FUSED_SLICES,
+    MAX_FUSED_TOKENS,
+    DecodeWork,
+    FusedWork,
+    Lane,
+    Partition,
+    PrefillWork,
+)
 from nanodrift.request import RequestState, SamplingParams
 from nanodrift.scheduler import Scheduler
 
@@ -57,7 +66,9 @@ class AnyPolicy:
         mode = self.random.choice(list(Mode))
         self.modes_chosen.add(mode)
         partition = self.partitions[0] if mode is Mode.EXCLUSIVE else self.random.choice(self.partitions)
-        return Decision(mode, partition, self.random.randint(1, 90), self.random.randint(1, self.num_layers))
+        rate, decode_s = self.random.choice([0.0, 5.0, 30.0]), self.random.choice([0.0, 0.5, 2.0])  # a wait takes 1 s
+        chunk, layers = self.random.randint(1, 90), self.random.randint(1, self.num_layers)
+        return Decision(mode, partition, chunk, layers, decode_s, rate, decode_s=decode_s)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -116,9 +127,10 @@ def check_written_blocks(scheduler, work):
             assert scheduler.pool._nodes[block_id] is None, f"block {block_id} is read only"
 
 
-def add(engine, prompt, max_tokens, cache_salt=None, **params):
-    params = {"ignore_eos": True, **params}
-    request = engine.new_request(list(prompt), SamplingParams(max_tokens=max_tokens, **params), cache_salt=cache_salt)
+def add(engine, prompt, max_tokens, cache_salt=None, slo=None, priority=0, **params):
+    params = SamplingParams(max_tokens=max_tokens, **{"ignore_eos": True, **params})
+    request = engine.new_request(list(prompt), params, cache_salt=cache_salt, slo=slo)
+    request.priority = priority
     engine.add(request)
     return request
 
@@ -474,6 +486,204 @@ def test_cached_tokens_are_told_once():
     assert (stats["prefix_cache_queries_total"], stats["prefix_cache_hits_total"]) == (260, 128)
 
 
+# ---- who goes first -------------------------------------------------------------------------------------------------
+
+
+class ByLayers:
+    """Prefill in pieces of one layer, in turns or beside decode steps, at a rate that is as predicted here.
+
+    A wait of the machine takes 1 s, and about a piece and a step.
+    """
+
+    def __init__(self, partition, num_layers=4, chunk=100, layer_s=2.0):
+        self.partition, self.chunk, self.rate = partition, chunk, chunk / (num_layers * layer_s)
+
+    def choose(self, load, current=None):
+        mode = Mode.EXCLUSIVE if self.partition.is_shared else Mode.SPLIT
+        return Decision(mode, self.partition, self.chunk, 1, 1.0, self.rate, decode_s=1.0)
+
+
+PLACES = pytest.mark.parametrize(
+    "partition", [Partition(1, 1, is_shared=True), Partition(3, 1)], ids=["turns", "split"]
+)
+
+
+def suspended(engine):
+    """A long prompt in the middle of its layers, and a short one that came and cannot wait for the rest of them."""
+    long = add(engine, prompt_of(100, 1), 30, slo=SLO(ttft_ms=100e3))
+    engine.step()
+    short = add(engine, prompt_of(10, 2), 30, slo=SLO(ttft_ms=3e3))
+    while short.state is RequestState.WAITING:
+        engine.step()
+    return long, short
+
+
+@PLACES
+def test_a_short_prompt_goes_first_between_two_layers_of_a_long_one(partition):
+    engine, machine = make_engine(policy=ByLayers(partition))
+    long, short = suspended(engine)
+    assert len(engine.scheduler._open) == 2 and long.num_overtaken == 1
+    late = add(engine, prompt_of(10, 3), 5, slo=SLO(ttft_ms=3e3))
+    run(engine)
+    batches = [work.batch_id for work in machine.launches if isinstance(work, PrefillWork)]
+    began = batches.index(2)
+    assert 1 <= batches[:began].count(1) <= 3, "the long one had begun ..."
+    assert batches[began : began + 4] == [2] * 4 and batches[began + 4] == 1, "... and went on afterwards"
+    assert short.first_token_s < long.first_token_s <= late.first_token_s, "and it was made to wait only once"
+    check_outputs(long, short, late)
+    check_empty(engine)
+
+
+@PLACES
+@pytest.mark.parametrize("doomed", ["long", "short", "both"])
+@pytest.mark.parametrize("num_turns", range(4))
+def test_abort_while_one_is_suspended(partition, doomed, num_turns):
+    engine, _ = make_engine(policy=ByLayers(partition), seed=num_turns)
+    long, short = suspended(engine)
+    other = add(engine, prompt_of(90, 5), 20)
+    for _ in range(num_turns):
+        engine.step()
+    for request in {"long": [long], "short": [short], "both": [long, short]}[doomed]:
+        engine.abort(request.request_id)
+    run(engine)
+    check_outputs(other, *(r for r in (long, short) if r.finish_reason != "abort"))
+    check_empty(engine)
+
+
+@PLACES
+def test_blocks_run_out_while_one_is_suspended(partition):
+    engine, _ = make_engine(num_blocks=5, policy=ByLayers(partition))
+    talkers = [add(engine, prompt_of(40, 7 + i), 90) for i in range(2)]
+    while not all(len(talker.output_token_ids) > 20 for talker in talkers):
+        engine.step()
+    long, short = suspended(engine)
+    run(engine)
+    assert engine.scheduler.num_preemptions > 0
+    check_outputs(long, short, *talkers)
+    check_empty(engine)
+
+
+@PLACES
+def test_nobody_is_suspended_who_would_lose_by_it(partition):
+    engine, machine = make_engine(policy=ByLayers(partition))
+    long = add(engine, prompt_of(100, 1), 3, slo=SLO(ttft_ms=9e3))
+    engine.step()
+    short = add(engine, prompt_of(10, 2), 3, slo=SLO(ttft_ms=3e3))
+    run(engine)
+    assert not short.has_overtaken
+    batches = [work.batch_id for work in machine.launches if isinstance(work, PrefillWork)]
+    assert batches == sorted(batches)
+    check_outputs(long, short)
+
+
+def test_a_short_prompt_goes_first_between_two_chunks_of_a_long_one():
+    engine, machine = make_engine(policy=ByLayers(Partition(1, 1, is_shared=True), chunk=30, layer_s=0.5))
+    long = add(engine, prompt_of(400, 1), 3, slo=SLO(ttft_ms=200e3))
+    engine.step()
+    short = add(engine, prompt_of(10, 2), 3, slo=SLO(ttft_ms=8e3))
+    run(engine)
+    order = [s.request_id for w in machine.launches if isinstance(w, PrefillWork) and w.is_last for s in w.slices]
+    assert order.index(short.request_id) < 4 and order[-1] == long.request_id
+    check_outputs(long, short)
+    check_empty(engine)
+
+
+def test_the_queue_is_in_order_of_urgency_whatever_the_policy():
+    engine, _ = make_engine(num_rows=1)
+    ttfts = [50e3, 20e3, 90e3, 30e3]
+    requests = [add(engine, prompt_of(5, i), 2, slo=SLO(ttft_ms=ttft)) for i, ttft in enumerate(ttfts)]
+    requests.append(add(engine, prompt_of(5, 9), 2, slo=SLO(ttft_ms=90e3), priority=-1))
+    run(engine)
+    firsts = sorted(requests, key=lambda request: request.first_token_s)
+    assert [requests.index(request) for request in firsts] == [4, 1, 3, 0, 2]
+
+
+# ---- merging and taking turns ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [Mode.FUSED, Mode.EXCLUSIVE])
+def test_a_prompt_joins_the_very_next_step_on_the_whole_chip(mode):
+    whole = Partition(1, 1, is_shared=True)
+    engine, machine = make_engine(policy=SimpleNamespace(choose=lambda load, _: Decision(mode, whole, 64, 4)))
+    talker = add(engine, prompt_of(20, 1), 40)
+    while len(talker.output_token_ids) < 5:
+        engine.step()
+    prompt = add(engine, prompt_of(30, 2), 5)
+    run(engine)
+    ids = [work.sampled_ids for work in machine.launches]
+    joined = next(i for i, work in enumerate(machine.launches) if prompt.request_id in ids[i])
+    assert set(ids[joined + 1]) == {talker.request_id, prompt.request_id}
+    check_outputs(talker, prompt)
+
+
+def test_beside_decode_a_prompt_joins_when_it_has_been_seen():
+    engine, machine = make_engine(policy=ByLayers(Partition(3, 1)))
+    talker, prompt = add(engine, prompt_of(20, 1), 40), None
+    while engine.has_work:
+        in_flight = {i for ticket in machine.in_flight for i in getattr(ticket.work, "sampled_ids", ())}
+        if prompt is not None and prompt.state is RequestState.PREFILL and prompt.request_id in in_flight:
+            steps = [t.work for t in machine.in_flight if isinstance(t.work, DecodeWork)]
+            assert all(prompt.request_id not in step.request_ids for step in steps)
+        engine.step()
+        if prompt is None and len(talker.output_token_ids) > 5:
+            prompt = add(engine, prompt_of(30, 2), 9)
+    check_outputs(talker, prompt)
+
+
+def test_on_the_whole_chip_a_step_follows_every_piece_while_somebody_decodes():
+    engine, machine = make_engine(policy=ByLayers(Partition(1, 1, is_shared=True)))
+    talker = add(engine, prompt_of(20, 1), 60)
+    while len(talker.output_token_ids) < 5:
+        engine.step()
+    machine.launches.clear()
+    add(engine, prompt_of(300, 2), 1)
+    while talker.request_id in engine.scheduler.requests:
+        engine.step()
+    kinds = "".join("P" if isinstance(work, PrefillWork) else "D" for work in machine.launches)
+    assert "PP" not in kinds.rstrip("P") and kinds.count("P") >= 12
+
+
+def test_prefill_first_launches_no_step_while_there_is_prefill_to_launch():
+    policy = PrefillFirst(Partition(1, 1, is_shared=True), 64, 4)
+    engine, machine = make_engine(policy=policy)
+    talker = add(engine, prompt_of(20, 1), 60)
+    while len(talker.output_token_ids) < 5:
+        engine.step()
+    machine.launches.clear()
+    prompts = [add(engine, prompt_of(200, 2 + i), 5) for i in range(3)]
+    run(engine)
+    kinds = "".join("P" if isinstance(work, PrefillWork) else "D" for work in machine.launches)
+    assert kinds.lstrip("D").startswith("P" * 10 + "D"), "600 tokens in chunks of 64, then steps"
+    check_outputs(talker, *prompts)
+
+
+def test_a_fused_step_holds_what_executors_have_graphs_for():
+    whole = Partition(1, 1, is_shared=True)
+    options = {"num_blocks": 400, "num_rows": 64, "max_prefill_tokens": 8192, "max_model_len": 4096}
+    engine, machine = make_engine(policy=Chunked(whole, 10_000, 8192, 4), **options)
+    talker = add(engine, prompt_of(20, 1), 60)
+    while len(talker.output_token_ids) < 5:
+        engine.step()
+    crowd = [add(engine, prompt_of(3, i), 2) for i in range(20)] + [add(engine, prompt_of(3000, 30), 2)]
+    run(engine)
+    fused = [work.prefill for work in machine.launches if isinstance(work, FusedWork)]
+    assert max(len(work.slices) for work in fused) == MAX_FUSED_SLICES
+    assert max(work.num_tokens for work in fused) == MAX_FUSED_TOKENS
+    check_outputs(talker, *crowd)
+
+
+def test_a_policy_is_asked_at_most_once_for_each_launch():
+    asked = []
+    whole = Partition(1, 1, is_shared=True)
+    policy = Turns(whole, 100, 2)
+    engine, machine = make_engine(num_rows=8)
+    engine.scheduler.policy = SimpleNamespace(choose=lambda load, now: asked.append(load) or policy.choose(load))
+    for i in range(8):
+        add(engine, prompt_of(100, i), 30)
+    run(engine)
+    assert len(asked) <= 1.5 * len(machine.launches)
+
+
 # ---- pressure -------------------------------------------------------------------------------------------------------
 
 
@@ -579,9 +789,10 @@ class EngineMachine(RuleBasedStateMachine):
         )
         self.requests, self.ends = [], []
 
-    def add_prompt(self, prompt, max_tokens, salt):
+    def add_prompt(self, prompt, max_tokens, salt, slo=None, priority=0):
         try:
-            self.requests.append((add(self.engine, prompt, max_tokens, cache_salt=salt), prompt, max_tokens))
+            request = add(self.engine, prompt, max_tokens, cache_salt=salt, slo=slo, priority=priority)
+            self.requests.append((request, prompt, max_tokens))
         except ValueError:
             assert blocks_for(min(len(prompt) + max_tokens, 200)) > self.engine.scheduler.pool.num_blocks
 
@@ -591,10 +802,12 @@ class EngineMachine(RuleBasedStateMachine):
         num_own=st.integers(0, 60),
         max_tokens=st.integers(1, 120),
         salt=st.sampled_from([None, None, "tenant"]),
+        ttft_ms=st.sampled_from([2e3, 10e3, 60e3]),
+        priority=st.sampled_from([0, 0, 1]),
     )
-    def add_request(self, family, num_shared, num_own, max_tokens, salt):
+    def add_request(self, family, num_shared, num_own, max_tokens, salt, ttft_ms, priority):
         prompt = prompt_of(num_shared, family) + prompt_of(num_own, len(self.requests))
-        self.add_prompt(prompt or [1], max_tokens, salt)
+        self.add_prompt(prompt or [1], max_tokens, salt, SLO(ttft_ms=ttft_ms, tbt_ms=3e3), priority)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), num_new=st.integers(0, 20), max_tokens=st.integers(1, 60))
