@@ -22,7 +22,7 @@ from nanodrift.plan import MAX_FUSED_SLICES, MAX_FUSED_TOKENS
 
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 PREFILL_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1536, 2048)
-FUSED_TOKENS = (128, 192, 256, 320, 384, 512, 640, 768, 1024, 1152, 2048)  # of prompts and decoding rows together
+FUSED_TOKENS = (128, 192, 256, 320, 384, 512, 640, 768, 1024, 1152, 2048, 2176)  # prompts and decoding rows together
 FUSED_ROWS = (64, 256)  # rows that do not decode cost attention a little, and products nothing
 
 
@@ -37,7 +37,8 @@ def prefill_shapes(max_prefill_tokens: int) -> tuple[PassShape, ...]:
 
 def fused_shapes(max_prefill_tokens: int, num_rows: int) -> tuple[PassShape, ...]:
     """The smallest first."""
-    slices, most_tokens = MAX_FUSED_SLICES, min(MAX_FUSED_TOKENS, max_prefill_tokens) + num_rows
+    slices = MAX_FUSED_SLICES
+    most_tokens = min(min(MAX_FUSED_TOKENS, max_prefill_tokens) + num_rows, FUSED_TOKENS[-1])
     return tuple(
         PassShape(tokens, 1 + slices, rows, slices + rows)
         for tokens in _up_to(FUSED_TOKENS, most_tokens)

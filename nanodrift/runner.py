@@ -65,7 +65,7 @@ class Runner:
         device = rows.block_table.device
         most_sampled = rows.num_rows + MAX_FUSED_SLICES
         self._ints = torch.zeros(
-            num_ints(PassShape(max_tokens, rows.num_rows + 1, rows.num_rows, most_sampled)),
+            num_ints(PassShape(max_tokens, 1 + most_sampled, rows.num_rows, most_sampled)),
             dtype=torch.int32,
             device=device,
         )  # the metadata of the pass under way: at fixed addresses, as graphs want it

@@ -72,6 +72,7 @@ def drain(executor):
 
 def start_decoding(executor):
     """Prompts of the decoding requests, three at a time, on the whole chip."""
+    wipe_cache(executor)
     tokens = {}
     for batch_id, first in enumerate(range(0, NUM_DECODING, 3)):
         rows = range(first, min(first + 3, NUM_DECODING))
@@ -79,6 +80,21 @@ def start_decoding(executor):
         for completion in drain(executor):
             tokens |= dict(completion.tokens)
     return tokens
+
+
+def wipe_cache(executor):
+    """So that what a run did not write cannot look right because an earlier one did."""
+    kv = executor._runners[Lane.PREFILL].kv
+    for cache in (kv.k, kv.v):
+        cache.fill_(1.0)
+    torch.cuda.current_stream().synchronize()
+
+
+def cache_sums(executor):
+    """Of the bits of every layer's keys and values: they differ if anything did in any layer of any pass."""
+    kv = executor._runners[Lane.PREFILL].kv
+    sums = [cache[:, 1:].flatten(1).view(torch.int64).sum(1) for cache in (kv.k, kv.v)]  # block 0 is nobody's
+    return torch.cat(sums).tolist()
 
 
 def collect(completions):
@@ -97,7 +113,7 @@ def one_after_the_other(executor):
         executor.launch(step(number), whole)
         done += drain(executor)
     executor.launch(chunk(100, (20, 21), PROMPT // 2, 0, 32), whole)
-    return collect(done + drain(executor))
+    return collect(done + drain(executor)), cache_sums(executor)
 
 
 def both_at_once(executor, choose):
@@ -115,13 +131,13 @@ def both_at_once(executor, choose):
         for completion in executor.wait(None):
             in_flight[completion.ticket.work.lanes[0].value] -= 1
             done.append(completion)
-    return collect(done)
+    return collect(done), cache_sums(executor)
 
 
 def test_multiplexed_tokens_equal_serial_ones_bit_for_bit(executor):
     serial = one_after_the_other(executor)
-    assert len(serial["r0"]) == NUM_STEPS
-    assert len(serial["r20"]) == 1
+    assert len(serial[0]["r0"]) == NUM_STEPS
+    assert len(serial[0]["r20"]) == 1
     for partition in executor.partitions:
         assert both_at_once(executor, lambda number, p=partition: p) == serial, partition
     changing = both_at_once(executor, lambda number: executor.partitions[number // 3 % len(executor.partitions)])
@@ -129,7 +145,7 @@ def test_multiplexed_tokens_equal_serial_ones_bit_for_bit(executor):
 
 
 def test_a_fused_step_gives_the_same_bits(executor):
-    serial = one_after_the_other(executor)
+    serial, _ = one_after_the_other(executor)
     start_decoding(executor)
     whole = executor.partitions[0]
     executor.launch(FusedWork(chunk(100, (20, 21), PROMPT // 2, 0, 32), step(0)), whole)
@@ -166,7 +182,7 @@ def serial_pieces(executor):
     for number in range(2 * len(PIECES)):
         executor.launch(step(number), whole)
         done += drain(executor)
-    return collect(done)
+    return collect(done), cache_sums(executor)
 
 
 def pieces_beside_decode(executor, choose):
@@ -187,14 +203,14 @@ def pieces_beside_decode(executor, choose):
         number += 2
         while max(map(len, executor._in_flight.values())) > 2:
             done += executor.wait(None)
-    return collect(done + drain(executor))
+    return collect(done + drain(executor)), cache_sums(executor)
 
 
 def test_modes_partitions_and_waiting_chunks_change_no_bit(executor):
     """Both phases in every partition, chunks that pass each other, fused steps in sequence and side by side."""
     serial = serial_pieces(executor)
-    assert len(serial["r0"]) == 2 * len(PIECES)
-    assert all(len(serial[f"r{row}"]) == 1 for row in range(20, 31))
+    assert len(serial[0]["r0"]) == 2 * len(PIECES)
+    assert all(len(serial[0][f"r{row}"]) == 1 for row in range(20, 31))
     for partition in executor.partitions:
         assert pieces_beside_decode(executor, lambda i, p=partition: p) == serial, partition
     for stride in (1, 3):
@@ -203,19 +219,22 @@ def test_modes_partitions_and_waiting_chunks_change_no_bit(executor):
 
 
 def test_a_missing_wait_is_noticed(executor, monkeypatch):
-    """A chunk whose second half does not wait for its first, in another partition, gives other tokens."""
+    """A chunk whose second half does not wait for its first, in another partition, leaves other bits in the cache."""
 
     def halves():
+        wipe_cache(executor)
         for first, partition in ((0, executor.partitions[1]), (16, executor.partitions[3])):
             executor.launch(chunk(100, (20, 21), PROMPT // 2, first, first + 16), partition)
-        return collect(drain(executor))
+        return collect(drain(executor)), cache_sums(executor)
 
     expected = halves()
     assert halves() == expected
     with monkeypatch.context() as patch:
         patch.setattr(executor, "_wait_for_sms", lambda *args: None)
-        assert halves() != expected
-    drain(executor)
+        assert halves()[1] != expected[1]
+    for place in executor._places.values():  # two at once have spoilt the count that each leaves for the next
+        place.resources.scratch.buffers["counter 0"].zero_()
+    torch.cuda.current_stream().synchronize()
     assert halves() == expected
 
 
@@ -235,12 +254,12 @@ def test_completions_say_how_long_the_device_worked(executor):
 
 
 def test_nothing_is_compiled_or_allocated_once_the_executor_is_ready(executor):
-    """Last of all that ran before: every test above."""
-    counters = executor.counters()
-    print(counters)
-    assert counters["num_compilations"] == 0
-    assert counters["num_cuda_mallocs"] == 0
-    assert counters["num_graphs"] > 1000
+    pieces_beside_decode(executor, lambda i: executor.partitions[i % 4])  # the test's own memory is there after that
+    before = executor.counters()
+    pieces_beside_decode(executor, lambda i: executor.partitions[(i + 2) % 4])
+    assert executor.counters() == before
+    assert before["num_compilations"] == 0
+    print(before)
 
 
 def test_two_lanes_overlap_in_time(executor):
