@@ -575,8 +575,11 @@ def test_logprobs_of_several_choices_and_of_stops(http):
     for stop in ({"stop_token_ids": [fox]}, {"stop": " ran"}):
         answer = complete(http, prompt="the fox ran", max_tokens=50, logprobs=1, **stop).json()
         (choice,) = answer["choices"]
-        shown = answer["usage"]["completion_tokens"] - ("stop_token_ids" in stop)  # a stop token is not shown
-        assert len(choice["logprobs"]["tokens"]) == shown and choice["finish_reason"] == "stop"
+        assert len(choice["logprobs"]["tokens"]) == answer["usage"]["completion_tokens"]  # a stop token not shown, too
+        assert choice["finish_reason"] == "stop"
+    ids = [TOKENIZER.encode(" fox", add_special_tokens=False)[-1], 2]
+    (choice,) = complete(http, prompt=ids, max_tokens=5, echo=True, logprobs=1).json()["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [None, *(-token_id / 1000 for token_id in (2, *ids))]
 
 
 def test_echo(http):

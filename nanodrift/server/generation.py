@@ -230,6 +230,8 @@ class Generation:
                     text_of_tokens, num_taken = self._show(index, text, output.token_ids, hides_last)
                     shown += text_of_tokens
                     if output.logprobs:
+                        if hides_last and self._shape is ChatShape:  # completions tell of every token that they count
+                            num_taken = min(num_taken, len(output.token_ids) - 1)
                         pending += scored(output.token_ids[:num_taken], output.logprobs[:num_taken])
                     if output.finish_reason is not None:
                         shown += text.finish()
@@ -253,14 +255,14 @@ class Generation:
             raise ApiError(500, str(error), kind="server_error", code="engine_dead") from error
 
     def _show(self, index: int, text, token_ids: list[int], hides_last: bool) -> tuple[str, int]:
-        """Text of new tokens, counting them up to the one that completed a stop string; and how many were let in."""
+        """Text of new tokens, counting them up to the one that completed a stop string; and how many were counted."""
         num_shown = len(token_ids) - hides_last
         shown, num_taken = "", 0
         for position, token_id in enumerate(token_ids):
             self._num_tokens[index] += 1
+            num_taken += 1
             if position < num_shown:
                 shown += text.push([token_id])
-                num_taken += 1
             if text.stopped_by is not None:
                 break
         return shown, num_taken
