@@ -34,18 +34,18 @@ class Load:
     def chunk(self, most_tokens: int, most_slices: int | None = None) -> tuple[PrefillLoad, DecodeLoad]:
         """The next token chunk of at most so many tokens, and the batch once the prompts that end in it have joined."""
         num_tokens = num_ended = context_tokens = 0
-        num_pairs = 0.0
+        parts = []
         prompts = self.prompts or ((self.prompt_tokens, self.prompt_start),)
         for left, start in prompts[:most_slices]:
             n = min(left, most_tokens - num_tokens)
             num_tokens += n
-            num_pairs += n * (n / 2 + start)
+            parts.append((n, start))
             if n < left or n == 0:
                 break
             num_ended += 1
             context_tokens += start + n
         merged = DecodeLoad(self.decode.batch + num_ended, self.decode.context_tokens + context_tokens)
-        return PrefillLoad(num_tokens, num_pairs, num_ended), merged
+        return PrefillLoad.of_parts(parts, num_ended), merged
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from nanodrift.cost import Cell, CostModel, Guard, PrefillLoad
+from nanodrift.cost import Cell, CostModel, Guard
 from nanodrift.decision import Decision, Load, Mode, Policy  # noqa: F401
 from nanodrift.plan import MAX_FUSED_SLICES, Lane, Partition
 
@@ -160,7 +160,7 @@ class Dispatcher:
         chunk, merged = load.chunk(self.max_prefill_tokens)
         sms, num_layers = self.whole_chip.prefill_sms, self.cost.num_layers
         decode_s = self.cost.decode_s(merged, sms)
-        body_s = self.cost.prefill_s(PrefillLoad(chunk.num_tokens, chunk.num_pairs), sms)
+        body_s = self.cost.prefill_s(replace(chunk, num_sampled=0), sms)
         head_s = self.cost.prefill_s(chunk, sms) - body_s if chunk.num_sampled else 0.0  # behind the last layer
         layer_s, room_s = body_s / num_layers, load.tbt_s - decode_s - head_s
         if is_forced:
