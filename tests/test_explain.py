@@ -88,6 +88,13 @@ def test_the_figure_shows_four_policies_and_every_late_token(tmp_path):
         assert f">{len(late)} tokens late" in svg
 
 
+def test_the_figure_of_the_readme_is_that_of_today():
+    svg = (ROOT / "results" / "simulated" / "explain.svg").read_text()
+    for name in explain.PANELS:
+        run = explain.simulate(name, tuple(Mode), SLO(tbt_ms=explain.TBT_MS))
+        assert explain.told(run) in svg, "run python bench.py explain --course --plot results/simulated/explain"
+
+
 def test_mistakes_are_named(capsys):
     assert explain.main(["--modes", "sideways"]) == 2
     assert "sideways" in capsys.readouterr().err

@@ -6,6 +6,8 @@
     python bench.py explain --plot results/simulated/explain      four policies on one time axis: .svg and .png
     python bench.py explain --course                              the worked example in nanodrift/README.md, anew
 
+After a change of costs or policies: ``python bench.py explain --course --plot results/simulated/explain``.
+
 Needs no GPU and no torch; takes seconds. All times are simulated, from the cost profile that the first line names.
 """
 
@@ -39,7 +41,7 @@ REQUESTS = (  # name, arrival in ms, prompt tokens, output tokens
     ("e", 200, 12000, 10),
     ("f", 320, 300, 30),
 )
-TBT_MS = 9.0
+TBT_MS = 8.0
 PANELS = ("prefill-first", "chunked", "static", "mux")  # of the figure
 GANTT_COLUMNS = 110
 TENS = "0123456789abc"
@@ -164,6 +166,14 @@ def outcome(requests: list[Request], slo: SLO) -> str:
 # --- the figure -------------------------------------------------------------------------------------------------------
 
 
+def told(run: Run) -> str:
+    """What stands over a strip."""
+    ttfts = [request.first_token_s - request.arrival_s for request in run.requests]
+    gaps = [b - a for request in run.requests for a, b in zip(request.token_s, request.token_s[1:], strict=False)]
+    late = len(run.late_s())
+    return f"{late} tokens late, longest gap {1e3 * max(gaps):.0f} ms, mean TTFT {1e3 * fmean(ttfts):.0f} ms"
+
+
 def draw(runs: dict[str, Run], slo: SLO):
     """The runs as strips on one time axis: what held the SMs, and a red mark for every token that came late."""
     from matplotlib import pyplot
@@ -175,11 +185,8 @@ def draw(runs: dict[str, Run], slo: SLO):
         timeline.draw_bars(ax, timeline.bars(map(json.loads, run.trace.lines), num_sms), num_sms)
         late_ms = [1e3 * at_s for at_s in run.late_s()]
         ax.scatter(late_ms, [1.09 * num_sms] * len(late_ms), marker="v", s=16, color=timeline.LATE, clip_on=False)
-        ttfts = [request.first_token_s - request.arrival_s for request in run.requests]
-        gaps = [b - a for request in run.requests for a, b in zip(request.token_s, request.token_s[1:], strict=False)]
         ax.set_title(name, loc="left", fontsize=9, fontweight="bold", pad=9)
-        told = f"{len(late_ms)} tokens late, longest gap {1e3 * max(gaps):.0f} ms, TTFT {1e3 * fmean(ttfts):.0f} ms"
-        ax.set_title(told, loc="right", fontsize=8.5, pad=9)
+        ax.set_title(told(run), loc="right", fontsize=8.5, pad=9)
         ax.spines["bottom"].set_visible(ax is axes[-1][0])
         ax.tick_params(axis="x", length=2 if ax is axes[-1][0] else 0)
     axes[len(axes) // 2][0].set_ylabel("SMs", labelpad=-8)
@@ -205,14 +212,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.course:
         from nanodrift.bench import course
 
-        return course.main()
+        course.main()
     try:
         modes = tuple(Mode(name) for name in options.modes.split(","))
         slo = SLO(tbt_ms=options.slo_tbt_ms)
         if options.plot:
             with timeline.plotting():
                 paths = timeline.save(draw({name: simulate(name, modes, slo) for name in PANELS}, slo), options.plot)
-            print(*paths, sep="\n")
+            print(*paths, sep="\n", file=sys.stderr)
+        if options.plot or options.course:
             return 0
         profile = simulated_policy("mux", modes).cost.profile
         print(f"SIMULATED: Llama-3.1-8B on the {profile.name}, policy {options.policy}, TBT {slo.tbt_ms:g} ms\n")
