@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nanodrift.config import EngineConfig
+from nanodrift.plan import Logprobs
 from nanodrift.request import Request, SamplingParams
 from nanodrift.startup import load_engine
 from nanodrift.tokenizer import Detokenizer
@@ -46,6 +47,8 @@ class RequestOutput:
     stop_reason: int | str | None  # the token id or string that ended it
     metrics: RequestMetrics
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    logprobs: list[Logprobs] | None = None  # of token_ids, if the params ask for them
+    prompt_logprobs: list[Logprobs] | None = None  # of the prompt's tokens but the first, likewise
 
 
 @dataclass
@@ -162,6 +165,8 @@ class LLM:
                 request.arrival_s, request.first_token_s, tuple(request.token_s), request.finished_s
             ),
             num_cached_tokens=request.num_cached_tokens,
+            logprobs=request.logprobs or None,
+            prompt_logprobs=request.prompt_logprobs or None,
         )
 
     def _needed_tokenizer(self):

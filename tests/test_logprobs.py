@@ -97,6 +97,16 @@ def test_a_prompt_longer_than_the_memory_for_logits_is_scored_in_parts(model, lo
     check_logprobs(request.prompt_logprobs, prompts()[5][1:], logits_of(prompts()[5])[:-1], 1)
 
 
+def test_the_python_api_gives_them_back():
+    from nanodrift import LLM
+
+    params = SamplingParams(temperature=0, max_tokens=5, logprobs=2, prompt_logprobs=0, ignore_eos=True)
+    with LLM(device="cpu", max_model_len=256, max_num_seqs=2) as llm:
+        asked, plain = llm.generate([[1, 654, 692]] * 2, [params, replace(params, logprobs=None)], progress=False)
+    assert asked.token_ids == plain.token_ids == [one.top_ids[0] for one in asked.logprobs]
+    assert len(asked.prompt_logprobs) == 2 and plain.logprobs is None
+
+
 # ---- penalties and bias --------------------------------------------------------------------------------------------
 
 
