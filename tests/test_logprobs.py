@@ -107,6 +107,37 @@ def test_the_python_api_gives_them_back():
     assert len(asked.prompt_logprobs) == 2 and plain.logprobs is None
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_choices_follow_from_what_the_logprobs_say(device):
+    """Penalties and biases that do not care for a constant: what was drawn is the best of the likeliest after them."""
+    from nanodrift import LLM
+
+    params = SamplingParams(
+        temperature=0, max_tokens=60, ignore_eos=True, logprobs=MAX_LOGPROBS, prompt_logprobs=1,
+        frequency_penalty=0.9, presence_penalty=0.6, logit_bias={17: 2.5, 23: -100},
+    )  # fmt: skip
+    prompts_and_params = [([1, *range(300 + i, 330 + 37 * i)], params) for i in range(5)]
+    prompts_and_params.append((prompts_and_params[2][0], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)))
+    with LLM(device=device, max_model_len=512, max_num_seqs=8) as llm:
+        first, again = (llm.generate(*map(list, zip(*prompts_and_params, strict=True)), progress=False) for _ in "12")
+    for answer in first[:-1]:
+        for i, (token, one) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
+            scores = dict(zip(one.top_ids, one.top_logprobs, strict=True))
+            assert list(scores.values()) == sorted(scores.values(), reverse=True)
+            worst, said = min(scores.values()), answer.token_ids[:i]
+            for candidate in scores:
+                count = said.count(candidate)
+                scores[candidate] += {17: 2.5, 23: -100}.get(candidate, 0) - 0.9 * count - 0.6 * (count > 0)
+            best = max(scores.values())
+            assert scores.get(token, worst + 2.5) >= best - 1e-4 or best < worst + 2.5, f"output token {i}"
+        assert len(answer.prompt_logprobs) == len(answer.prompt_token_ids) - 1
+        assert 23 not in answer.token_ids and max(map(answer.token_ids.count, answer.token_ids)) <= 6
+    plain = first[-1]
+    assert plain.logprobs is None and max(map(plain.token_ids.count, plain.token_ids)) > 6  # a neighbour is let alone
+    if device == "cpu":
+        assert [a.token_ids for a in again] == [a.token_ids for a in first]
+
+
 # ---- penalties and bias --------------------------------------------------------------------------------------------
 
 

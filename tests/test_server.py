@@ -308,6 +308,7 @@ BAD_COMPLETIONS = [
     ({"prompt_logprobs": 2}, "`prompt_logprobs` is not supported"),
     ({"echo": 1}, "echo"),
     ({"echo": True, "max_tokens": 0}, None),
+    ({"echo": True, "max_tokens": 0, "logprobs": 20, "n": 16, "prompt": [[7] * 1000] * 4}, "too many for one answer"),
     ({"suffix": "x"}, "`suffix` is not supported"),
     ({"presence_penalty": 2.1}, "presence_penalty must lie between -2 and 2"),
     ({"frequency_penalty": -3}, "frequency_penalty must lie"),

@@ -23,6 +23,9 @@ MAX_N = 16
 MAX_MESSAGES = 4096
 MAX_PARTS = 256  # of one message
 MAX_STOP_CHARS = 1000
+MAX_ECHOED_LOGPROBS = (
+    2**21
+)  # numbers that one answer may say of its prompts: a likelihood costs less to ask than to send
 MAX_LOGGED_FIELDS = 100  # unknown names, over the life of the process
 MAX_TOKEN_ID = 2**31 - 1
 SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: multiples of it lie far apart
@@ -204,6 +207,15 @@ class CompletionBody(GenerationBody):
     def is_only_echo(self) -> bool:
         """True if nothing is to follow the prompt: the engine draws one token all the same, which is not shown."""
         return bool(self.echo) and self.max_tokens == 0
+
+    def check_echo(self, num_prompt_tokens: int) -> None:
+        """Raises ApiError if the prompts' logprobs would be too many to send."""
+        num_numbers = num_prompt_tokens * (self.n or 1) * (1 + 2 * (self.logprobs or 0))
+        if self.echo and self.logprobs is not None and num_numbers > MAX_ECHOED_LOGPROBS:
+            message = (
+                f"the logprobs of {num_prompt_tokens} prompt tokens are too many for one answer: send fewer prompts"
+            )
+            raise ApiError(400, message, param="echo")
 
     def logprobs_asked(self) -> dict[str, int | None]:
         return {"logprobs": self.logprobs, "prompt_logprobs": self.logprobs if self.echo else None}

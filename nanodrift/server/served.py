@@ -141,6 +141,7 @@ def encode_prompts(tokenizer: Tokenizer | None, body: CompletionBody) -> list[li
         if not prompt:
             raise ApiError(400, "the prompt is empty: at least one token is needed", param="prompt")
         encoded.append(prompt)
+    body.check_echo(sum(map(len, encoded)))
     return encoded
 
 
