@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from statistics import fmean, pstdev
+from statistics import fmean
 
 from nanodrift.config import SLO
 from nanodrift.request import Request
@@ -153,9 +153,10 @@ def summarize(requests: Sequence[RequestTimes], duration_s: float) -> dict:
 def _statistics_ms(seconds: list[float]) -> dict[str, float | None]:
     if not seconds:
         return dict.fromkeys(("mean", "median", "std", "p99"))
+    ordered, mean = sorted(seconds), fmean(seconds)
     return {
-        "mean": fmean(seconds) * 1e3,
-        "median": percentile(seconds, 50) * 1e3,
-        "std": pstdev(seconds) * 1e3,
-        "p99": percentile(seconds, 99) * 1e3,
+        "mean": mean * 1e3,
+        "median": percentile(ordered, 50) * 1e3,
+        "std": math.sqrt(fmean([(value - mean) ** 2 for value in ordered])) * 1e3,
+        "p99": percentile(ordered, 99) * 1e3,
     }

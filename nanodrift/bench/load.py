@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from nanodrift.bench import arrivals
 from nanodrift.bench.arrivals import Ramp
@@ -85,7 +86,7 @@ def run_workload(
     if max_concurrency is not None and max_concurrency < 1:
         raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
     is_closed = max_concurrency is not None and rate == math.inf
-    prompts = PromptMaker(seed if prompt_seed is None else prompt_seed, num_ids)
+    prompts = _prompts(seed if prompt_seed is None else prompt_seed, num_ids)
     if isinstance(target, str):
         from nanodrift.bench.client import Server
 
@@ -97,6 +98,12 @@ def run_workload(
     if workload.background is not None:
         raise ValueError(f"{workload.name} holds a batch beside its requests: it needs the engine in this process")
     return _run_server(target, workload, due_s, prompts, slo or SLO(), max_concurrency, is_closed, advance)
+
+
+@lru_cache(maxsize=2)
+def _prompts(seed: int | str, num_ids: int) -> PromptMaker:
+    """Kept from run to run: the next policy of a sweep asks for the same prompts."""
+    return PromptMaker(seed, num_ids)
 
 
 def duration_s(records: Sequence[Record]) -> float:
