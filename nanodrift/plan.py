@@ -14,8 +14,8 @@ from typing import NamedTuple
 MAX_OPEN_CHUNKS = 2  # token chunks between their first and last layer: one under way, and one that was made to wait
 MAX_FUSED_TOKENS = 2048  # prompt tokens of a fused step, and ...
 MAX_FUSED_SLICES = 8  # ... the prompts they may come from: what executors have graphs for
-# Prompt tokens and decoding rows of a fused step together: the graphs' sizes. Others are padded to the next of these, or
-# launched operator by operator where that would waste more than a quarter.
+# Prompt tokens and decoding rows of a fused step together: the sizes of the graphs. Others are padded to the next one,
+# or launched operator by operator where that would waste more than a quarter.
 FUSED_TOKENS = (128, 192, 256, 320, 384, 512, 640, 768, 1024, 1152, 2048, 2176)
 
 
