@@ -5,11 +5,13 @@ prompts begin with an order instead (see ORDERS). Text goes through the embedded
 out can be read.
 
     python tests/null_engine.py --fd N [--step-ms 2] [--load-s 0] [--fail TEXT] [--max-num-seqs 64] [--leak 0] [--sms 1]
+        [--trace FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -75,6 +77,7 @@ class NullEngine:
     window: int = WINDOW
     num_leaked: int = 0
     num_sms: int = 1  # of the device it pretends to share, if more than one
+    trace: list[dict] | None = None  # what a real server's /load said (tests/test_server_gpu.py), said again
     requests: dict[str, NullRequest] = field(default_factory=dict)
     num_aborted: int = 0
     started_s: float = field(default_factory=time.monotonic)
@@ -145,8 +148,13 @@ class NullEngine:
             "num_preemptions_total": self.num_aborted,
             "num_kv_blocks": 100,
             "num_free_kv_blocks": 100 - self.num_leaked - (num_running > 0),
-            **(self.sharing() if self.num_sms > 1 else {}),
+            **(self.sharing() if self.num_sms > 1 else self.traced() if self.trace else {}),
         }
+
+    def traced(self):
+        """The newest of the trace, which begins when this engine does and stays at its end."""
+        passed_s = time.monotonic() - self.started_s
+        return [said for said in self.trace if said["at_s"] <= passed_s + self.trace[0]["at_s"]][-1]
 
     def sharing(self):
         """How the device was shared, as nanodrift/telemetry.py tells it: four ways that follow each other."""
@@ -183,6 +191,7 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=WINDOW)
     parser.add_argument("--leak", type=int, default=0)
     parser.add_argument("--sms", type=int, default=1)
+    parser.add_argument("--trace", type=Path)
     args = parser.parse_args()
 
     def load(model, config, report):
@@ -206,7 +215,8 @@ def main() -> int:
             "policy": "echo",
             "phases_s": {"weights": args.load_s},
         }
-        return NullEngine(args.step_ms / 1000, args.max_num_seqs, args.window, args.leak, args.sms), info
+        trace = json.loads(args.trace.read_text()) if args.trace else None
+        return NullEngine(args.step_ms / 1000, args.max_num_seqs, args.window, args.leak, args.sms, trace), info
 
     return run(args.fd, load)
 

@@ -208,3 +208,25 @@ def test_the_bar_follows_how_the_device_is_shared(browser, tmp_path):
         text = browser.value("document.getElementById('lanes').textContent")
         assert "of 132 SMs" in text and "512 W" in text and "a device of the script" in text
         assert browser.value("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.slow
+def test_the_bar_replays_a_recorded_run(browser, tmp_path):
+    """What an H200 said of itself under mixed load, shown as the page shows it live."""
+    trace = ROOT / "results" / "h200" / "load-trace.json"
+    if not trace.exists():
+        pytest.skip("results/h200/load-trace.json comes from tests/test_server_gpu.py on a GPU")
+    folder = Path(os.environ.get("NANODRIFT_SCREENSHOTS", tmp_path))
+    widths = "[...document.querySelectorAll('#bar span')].map(span => parseFloat(span.style.width) || 0)"
+    with running("--step-ms", "20", "--trace", str(trace)) as server:
+        browser.size(1100, 800, False)
+        browser("Page.navigate", url=server.url)
+        browser.wait("document.getElementById('model').textContent === 'echo'")
+        browser.type("Tell me about the fox, the owl and the frog. " * 40)
+        browser.wait(f"{widths}.some(width => width > 0)")
+        seen, ends_s = set(), time.monotonic() + 10
+        while time.monotonic() < ends_s:
+            seen.add(tuple(browser.value(widths)))
+            time.sleep(0.5)
+        browser.screenshot(folder / "page-replay-desk.png")
+        assert len(seen) > 3 and all(sum(one) <= 100.5 for one in seen)  # it moves
