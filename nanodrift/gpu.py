@@ -52,30 +52,7 @@ from nanodrift.runner import ANSWER_WIDTH, Runner, read_answer
 # queued behind the other's.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
-WARM_UP_TOKENS = (
-    1,
-    2,
-    16,
-    17,
-    33,
-    48,
-    64,
-    65,
-    100,
-    128,
-    129,
-    192,
-    250,
-    256,
-    300,
-    384,
-    512,
-    640,
-    1000,
-    1024,
-    1500,
-    2048,
-)
+WARM_UP_SIZES = (1, 2, 16, 17, 33, 48, 64, 65, 100, 128, 129, 192, 250, 256, 300, 384, 512, 640, 1000, 1024, 1500, 2048)
 GRAPH_RESERVE_BYTES = 1 << 30  # for graphs, compiled kernels and library workspaces
 POLL_S = 20e-6
 NUM_STAGES = 4  # more launches than a lane ever has in flight, so that a stage is never waited for
@@ -298,7 +275,7 @@ class GpuExecutor:
         What it writes goes to the spare block.
         """
         params = RowParams(top_k=1, min_position=self.max_prefill_tokens, logit_bias=((0, 0.0),), has_logprobs=True)
-        sizes = [n for n in WARM_UP_TOKENS if n < self.max_prefill_tokens] + [self.max_prefill_tokens]
+        sizes = [n for n in WARM_UP_SIZES if n < self.max_prefill_tokens] + [self.max_prefill_tokens]
         for done, (kind, partition) in enumerate(self._places):
             place = self._places[kind, partition]
             runner = place.runner

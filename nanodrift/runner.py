@@ -64,11 +64,9 @@ class Runner:
         self._decoding: tuple[tuple[int, ...], Batch] | None = None  # rows of the last decode step, and its batch
         device = rows.block_table.device
         most_sampled = rows.num_rows + MAX_FUSED_SLICES
-        self._ints = torch.zeros(
-            num_ints(PassShape(max_tokens, 1 + most_sampled, rows.num_rows, most_sampled)),
-            dtype=torch.int32,
-            device=device,
-        )  # the metadata of the pass under way: at fixed addresses, as graphs want it
+        largest = PassShape(max_tokens, 1 + most_sampled, rows.num_rows, most_sampled)
+        # the metadata of the pass under way: at fixed addresses, as graphs want it
+        self._ints = torch.zeros(num_ints(largest), dtype=torch.int32, device=device)
         self.logits = torch.empty(most_sampled, model.config.vocab_size, dtype=torch.float32, device=device)  # [Q, V]
         self._logprobs = torch.empty_like(self.logits)  # [Q, V]
 

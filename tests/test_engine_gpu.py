@@ -33,7 +33,7 @@ def generate(llm, prompts, params):
 
 def test_deterministic_outputs_do_not_depend_on_company_or_preemption():
     llm = LLM("llama-3-8b", load_format="dummy", deterministic=True, num_kv_blocks=40, max_model_len=1024)
-    prompts, params = mixed_work(llm.model_config.vocab_size)
+    prompts, params = mixed_work(llm.model_config.vocab_size, num=96)
     together = generate(llm, prompts, params)
     assert llm.engine.stats()["num_preemptions_total"] > 0, "the pool was meant to be too small"
     assert llm.engine.stats()["num_free_kv_blocks"] == 40
