@@ -8,6 +8,7 @@ OWN_COMMAND_LINES = {  # modes with a parser of their own; explain, sim and a si
     "timeline": "timeline",
     "sim": "simulate",
     "sweep": "sweep",
+    "peers": "peers",
     "calibrate": "calibrate",
     "map": "map",
     "kernels": "kernels",

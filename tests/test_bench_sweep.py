@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from nanodrift.bench import figures, plots, sweep, workloads
+from nanodrift.bench import figures, peers, plots, sweep, tables, workloads
 from nanodrift.bench.arrivals import drawn
 from nanodrift.bench.load import CUT_OFF, LEAD_S, run_workload
 from nanodrift.bench.policies import parse, parse_all
@@ -182,6 +182,41 @@ def test_a_share_of_the_knee_is_a_rate(capsys):
     [point] = result["points"]
     assert point["request_rate"] == pytest.approx(0.8 * result["knee"], abs=1e-3)
     assert not point["saturated"]
+
+
+def test_a_promise_may_grow_with_the_prompt():
+    slo = SLO(100, 50)
+    workload = workloads.Workload("two", steady(2).samples)
+    records = run_workload(
+        machine("llama-3-8b").engine(parse("mux"), slo), workload, 1.0, 0, slo=slo, ttft_per_token_ms=0.25
+    )
+    assert [record.slo.ttft_ms for record in records] == [100 + 0.25 * 8000] * 2
+    assert sweep.judge(records[0], 7.0).slo == SLO(2100, 7)
+
+
+# --- beside other engines --------------------------------------------------------------------------------------------
+
+
+def test_our_runs_of_a_peers_list_stand_beside_its_rows(tmp_path, capsys):
+    trace = tmp_path / "peer_azure500.jsonl"
+    trace.write_text("".join(f"[{0.1 * i}, {200 + i}, {10 + i}]\n" for i in range(20)))
+    load = ("--trace", str(trace), "--rates", "x0.4", "--policy", "mux,chunked:64", "--slo-tbt-ms", "20")
+    assert sweep.main(["--device", "sim", *load, "--output", str(tmp_path / "s")]) == 0
+    [point, _] = lines_of(tmp_path / "s")
+    assert point["request_rate"] == pytest.approx(20 / (1.9 * 0.4)) and point["issued"] == 20
+    capsys.readouterr()
+    assert peers.main([str(tmp_path / "s"), "--to", str(tmp_path / "online.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at_same_scale = [line for line in lines if "azure500, 0.4" in line]
+    assert [line.split("  ")[0] for line in at_same_scale] == [
+        "SGLang 0.5.15 --enable-pdmux", "vLLM 0.26.0, budget 512", "vLLM 0.26.0, budget 2048",
+        "nanodrift mux, TBT SLO 20 ms, SIMULATED", "nanodrift chunked:64, judged at 20 ms, SIMULATED",
+    ]  # fmt: skip
+    known = json.loads((peers.ROOT / "results" / "peers.json").read_text())
+    online = json.loads((tmp_path / "online.json").read_text())
+    text = tables.online_table(online, known)
+    assert "| vLLM 0.26.0, budget 512 | azure500, 0.2 | 19.4 | 16.60 | 240 / 931 | 18.5 / 20.2 / 22.7 / 41.0 |" in text
+    assert f"{point['p99_tbt_ms']:.1f}" in text and peers.main([str(tmp_path)]) == 2
 
 
 # --- policies --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from nanodrift.bench import arrivals
@@ -66,6 +66,7 @@ def run_workload(
     num_ids: int = NUM_IDS,
     encode: Callable[[str], list[int]] | None = None,
     drain_s: float = math.inf,
+    ttft_per_token_ms: float = 0.0,
     advance: Advance = nobody,
 ) -> list[Record]:
     """Runs all samples once, and returns a record for each that was issued, in order of arrival.
@@ -74,7 +75,8 @@ def run_workload(
     a rate keeps its rhythm, stretched to that mean; anything else is drawn (gamma; ``burstiness`` 1 = Poisson). One
     seed gives the same prompts and the same arrivals to every target; another ``prompt_seed`` gives other ids of the
     same lengths, which a prefix cache that outlived the last run does not know. ``encode`` turns texts into ids.
-    An engine gets ``drain_s`` seconds after the last arrival: what is not done then is cut off, and is a miss.
+    An engine gets ``drain_s`` seconds after the last arrival: what is not done then is cut off, and is a miss; and it
+    promises each request a TTFT of the SLO's plus ``ttft_per_token_ms`` for each token of its prompt.
     Interrupted (Ctrl-C), it returns what it has; requests under way then have the error INTERRUPTED.
     """
     if workload.has_arrivals and not isinstance(rate, Ramp):
@@ -93,7 +95,7 @@ def run_workload(
         target = Server(target)
         target.connect()
     if isinstance(target, Engine):
-        run = _EngineRun(target, slo or SLO(), prompts, advance)
+        run = _EngineRun(target, slo or SLO(), ttft_per_token_ms, prompts, advance)
         return run(workload, due_s, max_concurrency, is_closed, encode, drain_s)
     if workload.background is not None:
         raise ValueError(f"{workload.name} holds a batch beside its requests: it needs the engine in this process")
@@ -120,8 +122,9 @@ def _run_server(server, workload, due_s, prompts, slo, max_concurrency, is_close
 class _EngineRun:
     """One run on an engine. All of the workload's requests are made before the start; each is taken when it is due."""
 
-    def __init__(self, engine: Engine, slo: SLO, prompts: PromptMaker, advance: Advance):
-        self.engine, self.slo, self.prompts, self.advance = engine, slo, prompts, advance
+    def __init__(self, engine: Engine, slo: SLO, ttft_per_token_ms: float, prompts: PromptMaker, advance: Advance):
+        self.engine, self.prompts, self.advance = engine, prompts, advance
+        self.slo, self.ttft_per_token_ms = slo, ttft_per_token_ms
         self.clock = engine.executor.clock
         self.start_s = 0.0
         self.issued: list[Request] = []
@@ -163,7 +166,10 @@ class _EngineRun:
 
     def _request(self, sample, encode) -> Request:
         params = SamplingParams(temperature=0.0, max_tokens=sample.num_output_tokens, ignore_eos=True)
-        return self.engine.new_request(self.prompts.token_ids(sample, encode), params, slo=self.slo)
+        prompt, slo = self.prompts.token_ids(sample, encode), self.slo
+        if self.ttft_per_token_ms:
+            slo = replace(slo, ttft_ms=slo.ttft_ms + self.ttft_per_token_ms * len(prompt))
+        return self.engine.new_request(prompt, params, slo=slo)
 
     def _issue(self, request: Request, is_now: bool) -> None:
         if is_now:

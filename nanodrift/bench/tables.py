@@ -6,8 +6,9 @@ A pair of comments names what stands between them, and ``python bench.py tables`
     <!-- /table -->
 
 Kinds: ``decode`` and ``prefill`` (a latency run, and peers to stand beside it), ``throughput`` (any number of runs),
-``serve`` (the server's start-up and streams), ``conditions`` (what runs and peers were measured on), ``figure`` (decode
-and prefill drawn as results/<run>.svg).
+``serve`` (the server's start-up and streams), ``online`` (arrival lists that peers were measured on, collected by
+bench.py peers), ``conditions`` (what runs and peers were measured on), ``figure`` (decode and prefill drawn as
+results/<run>.svg).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import json
 import re
 import sys
 from pathlib import Path
+
+from nanodrift.bench.peers import HEADER, table
 
 ROOT = Path(__file__).parent.parent.parent
 SPAN = re.compile(r"(<!-- table: (\w+) ([^>]+?) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -115,8 +118,12 @@ def conditions(*runs: dict) -> str:
     """One line a run; of peers, what they were measured under."""
     lines = []
     for run in runs:
+        if "runs" in run:
+            lines.append(conditions(*run["runs"]).rstrip())
+            continue
         if "engines" in run:
-            lines += [f"- {name}: {run['conditions']}; {peer['options']}" for name, peer in run["engines"].items()]
+            engines = {name: peer for name, peer in run["engines"].items() if peer["decode"]}
+            lines += [f"- {name}: {run['conditions']}; {peer['options']}" for name, peer in engines.items()]
             continue
         where = f"{run['gpu']}, driver {run['driver']}" if run["gpu"] else f"{run['cpu']}, {run['num_threads']} used"
         engine = run.get("engine", {})
@@ -127,7 +134,14 @@ def conditions(*runs: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def online_table(ours: dict, peers: dict) -> str:
+    """What bench.py peers has collected, beside the peers; under it what is special about these."""
+    lines = markdown(HEADER, table(ours, peers)).replace("| ---: | ---: |", "| :--- | :--- |", 1)
+    return lines + "".join(f"\n{name}: {peer['options']}.\n" for name, peer in peers["engines"].items())
+
+
 KINDS = {
+    "online": online_table,
     "decode": decode_table,
     "prefill": prefill_table,
     "throughput": throughput_table,
