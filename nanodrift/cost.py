@@ -73,7 +73,6 @@ class Profile:
     kv_start_tokens: float = 0.0  # what starting on a request costs decode attention, in tokens of context
     beside_factor: float = 1.1  # what two attentions beside each other cost the slower one
     passes: tuple[tuple[int, Curve], ...] = ()  # (tokens, passes through all layers' products per second)
-    fused_passes: tuple[tuple[int, Curve], ...] = ()  # the same of fused steps, which run other graphs
     factors: tuple[tuple, ...] = ()  # of the guard: lane, the fields of Cell, mean, worst, samples
     gpu: str = ""  # the rest: what this was measured on, and how
     dtype: str = ""
@@ -99,8 +98,7 @@ def read_profile(path: str | Path) -> Profile:
     try:
         raw = json.loads(Path(path).read_text())
         values = {key: curve(value) if key.endswith("_per_s") else value for key, value in dict(raw).items()}
-        for key in ("passes", "fused_passes"):
-            values[key] = tuple((num_tokens, curve(points)) for num_tokens, points in raw[key])
+        values["passes"] = tuple((num_tokens, curve(points)) for num_tokens, points in raw["passes"])
         return Profile(**values | {"factors": tuple(map(tuple, raw["factors"]))})
     except (OSError, TypeError, KeyError, ValueError) as error:
         raise ConfigError(
@@ -212,15 +210,13 @@ class CostModel:
         self._layer_parameters = config.num_parameters - vocabularies * head_parameters
         self._head_share = head_parameters / self._layer_parameters
         self._itemsize = itemsize
-        self._sites: dict[tuple[int, bool], _Site] = {}
+        self._sites: dict[int, _Site] = {}
 
     def products_s(self, num_tokens: int, num_sms: int) -> float:
         """All weight products of all layers on ``num_tokens`` tokens."""
-        return self._products_s(self._at(num_sms), num_tokens)
-
-    def _products_s(self, site: _Site, num_tokens: int) -> float:
         if num_tokens == 0:
             return 0.0
+        site = self._at(num_sms)
         right = bisect_right(site.tokens, num_tokens)
         if right == 0:
             return site.seconds[0]
@@ -241,7 +237,7 @@ class CostModel:
     def fused_s(self, prefill: PrefillLoad, decode: DecodeLoad, prefill_sms: int, decode_sms: int) -> float:
         """One pass for both on the whole chip; the attentions side by side if their SMs fit beside each other."""
         whole = self.profile.num_sms
-        rest_s = self._pass_s(prefill.num_tokens + decode.batch, prefill.num_sampled + decode.batch, whole, True)
+        rest_s = self._pass_s(prefill.num_tokens + decode.batch, prefill.num_sampled + decode.batch, whole)
         attentions = self._prefill_attention_s(prefill, prefill_sms), self._decode_attention_s(decode, decode_sms)
         if prefill_sms + decode_sms > whole:
             attention_s = sum(attentions)
@@ -274,17 +270,16 @@ class CostModel:
             self._num_corrections[key] = num
             self.scales[key] = self.scale(*key) + max(0.01, 1 / num) * (ratio - self.scale(*key))
 
-    def _at(self, num_sms: int, is_fused: bool = False) -> _Site:
-        key = num_sms, is_fused
-        if key not in self._sites:
-            self._sites[key] = self._make_site(num_sms, (is_fused and self.profile.fused_passes) or self.profile.passes)
-        return self._sites[key]
+    def _at(self, num_sms: int) -> _Site:
+        if num_sms not in self._sites:
+            self._sites[num_sms] = self._make_site(num_sms)
+        return self._sites[num_sms]
 
-    def _make_site(self, num_sms: int, passes: tuple[tuple[int, Curve], ...]) -> _Site:
+    def _make_site(self, num_sms: int) -> _Site:
         profile, config = self.profile, self.config
-        if passes:
-            tokens = tuple(num_tokens for num_tokens, _ in passes)
-            seconds = tuple(accumulate((1 / rate.at(num_sms) for _, rate in passes), max))
+        if profile.passes:
+            tokens = tuple(num_tokens for num_tokens, _ in profile.passes)
+            seconds = tuple(accumulate((1 / rate.at(num_sms) for _, rate in profile.passes), max))
         else:  # the roofline: reading the weights up to the knee, multiplying beyond it
             bytes_s = self._layer_parameters * self._itemsize / profile.weight_bytes_per_s.at(num_sms)
             knee = bytes_s * profile.flops_per_s.at(num_sms) / (2 * self._layer_parameters)
@@ -299,9 +294,9 @@ class CostModel:
             kv_s=config.num_kv_values_per_token * self._itemsize / profile.kv_bytes_per_s.at(num_sms),
         )
 
-    def _pass_s(self, num_tokens: int, num_sampled: int, num_sms: int, is_fused: bool = False) -> float:
+    def _pass_s(self, num_tokens: int, num_sampled: int, num_sms: int) -> float:
         head_s = self._head_share * self.products_s(num_sampled, num_sms)
-        return self._products_s(self._at(num_sms, is_fused), num_tokens) + head_s + self.profile.step_overhead_s
+        return self.products_s(num_tokens, num_sms) + head_s + self.profile.step_overhead_s
 
     def _prefill_attention_s(self, load: PrefillLoad, num_sms: int) -> float:
         site = self._at(num_sms)
@@ -363,7 +358,7 @@ class Guard:
     alone_worst: float = 1.06  # alone or fused: what solo predictions miss by
     decay: float = 0.02
     forgiveness: float = 0.001  # a step: half of an excess is forgotten after some 700
-    floor: float = 1.03
+    floor: float = 1.08
     factors: dict[tuple[Lane, Cell], Factor] = field(default_factory=dict)
     _inferred: dict[tuple[Lane, Cell], Factor] = field(default_factory=dict)
 
@@ -372,7 +367,7 @@ class Guard:
         """Starts from what calibration measured."""
         guard = cls()
         for lane, *cell, mean, worst, num_samples in profile.factors:
-            guard.factors[Lane(lane), Cell(*cell)] = Factor(mean, worst, num_samples)
+            guard.factors[Lane(lane), Cell(*cell)] = Factor(mean, max(worst, mean * guard.floor), num_samples)
         return guard
 
     def factor(self, lane: Lane, cell: Cell) -> Factor:
@@ -397,7 +392,8 @@ class Guard:
             self._inferred.clear()
         known.num_samples += 1
         known.mean += max(self.decay, 1 / known.num_samples) * (ratio - known.mean)
-        forgiven = known.worst - self.forgiveness * (known.worst - known.mean)
+        forgiveness = max(self.forgiveness, 1 / (known.num_samples + 100))  # what was inferred gives way sooner
+        forgiven = known.worst - forgiveness * (known.worst - known.mean)
         known.worst = max(ratio, forgiven, known.mean * self.floor)
         if known.worst == ratio:
             self._inferred.clear()

@@ -142,7 +142,6 @@ def test_side_by_side_takes_the_slower_attention():
 def write(folder, profile, name="some.json"):
     raw = {key: value.points if isinstance(value, Curve) else value for key, value in vars(profile).items()}
     raw["passes"] = [[num_tokens, curve.points] for num_tokens, curve in profile.passes]
-    raw["fused_passes"] = []
     (folder / name).write_text(json.dumps(raw))
     return folder / name
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanodrift.config import ModelConfig
-from nanodrift.cost import Cell, CostModel, Curve, DecodeLoad, Guard, PrefillLoad, h200_prior
+from nanodrift.cost import Cell, CostModel, Curve, DecodeLoad, Guard, PrefillLoad, find_profile, h200_prior
 from nanodrift.dispatch import Turns
 from nanodrift.engine import Engine
 from nanodrift.plan import DecodeWork, FusedWork, Lane, Partition, PrefillSlice, PrefillWork, RowParams
@@ -57,6 +57,35 @@ def test_the_prior_is_near_the_measured_decode_step(cost, batch, measured_ms):
 def test_the_prior_is_near_the_measured_prefill(cost, num_tokens, measured_ms):
     load = PrefillLoad(num_tokens, num_tokens**2 / 2, 1)
     assert 1e3 * cost.prefill_s(load, 132) == pytest.approx(measured_ms, rel=0.2)
+
+
+SHIPPED = find_profile("NVIDIA H200", LLAMA, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "batch, measured_ms", [(1, 4.45), (16, 5.06), (64, 7.02), (128, 9.82), (256, 16.5)]
+)  # results/h200/latency.json
+def test_the_shipped_profile_gives_the_measured_decode_step(batch, measured_ms):
+    sim = machine(CostModel(LLAMA, SHIPPED))
+    sim.launch(decode(batch, 1100), sim.partitions[0])
+    (step,) = sim.wait(None)
+    assert 1e3 * step.busy_s == pytest.approx(measured_ms, rel=0.05)
+
+
+@pytest.mark.parametrize("num_tokens, measured_ms", [(512, 13.86), (2048, 48.3), (8000, 213.3)])
+def test_the_shipped_profile_gives_the_measured_prefill(num_tokens, measured_ms):
+    """8,000 tokens lie far beyond the table's last row."""
+    cost = CostModel(LLAMA, SHIPPED)
+    assert 1e3 * cost.work_s(prefill(num_tokens), 132, 132) == pytest.approx(measured_ms, rel=0.08)
+
+
+def test_the_shipped_profile_knows_what_the_lanes_cost_each_other():
+    """results/h200/calibration.json: 64 requests at 1k on 32 SMs beside chunks of 2,048 tokens on 100."""
+    sim = machine(CostModel(LLAMA, SHIPPED), num_rows=128)
+    sim.launch(decode(64, 1074), SPLIT)
+    sim.launch(prefill(2048), SPLIT)
+    (step,) = sim.wait(None)
+    assert 1e3 * step.busy_s == pytest.approx(16.0, rel=0.05)
 
 
 @given(batch=st.integers(1, 256), context=st.integers(1, 32768), sms=st.sampled_from([16, 32, 48, 64]))

@@ -137,6 +137,9 @@ def fit(rows: list[dict], config: ModelConfig, num_sms: int, about: dict) -> Pro
             full_tokens = sms * ATTENTION_ROWS_PER_SM / config.num_heads
             attention_s = flops_per_pair * n * max(n / 2 / causal[sms], full_tokens / prefix[sms])  # as cost.py has it
             passes[n][sms] = chunk_s - attention_s
+    passes[4 * K] = {
+        sms: 2 * s for sms, s in passes[2 * K].items()
+    }  # not measured: what lies beyond goes in proportion
     passes = {n: of for n, of in sorted(passes.items()) if num_sms in of}
     host_s = [row["host_ms_per_layer"] / 1e3 for row in prefill if row["prompts"][0][0] == 256]
     prior = h200_prior()
@@ -162,17 +165,26 @@ def fit(rows: list[dict], config: ModelConfig, num_sms: int, about: dict) -> Pro
 
 
 def _fit_fused(profile: Profile, config: ModelConfig, rows: list[dict]) -> Profile:
-    """The passes of fused steps; then what two attentions beside each other cost, the median where they matter."""
+    """More rows of the table, where fused steps show what sizes between cost; then the price of being side by side.
+
+    Products take time in steps (a few more tokens can cost another wave of tiles), which is why those rows matter.
+    Their cells on fewer SMs lie on the straight line between their neighbours. ``ran_tokens`` is what the executor
+    padded a step to, where a row says so.
+    """
     rest: dict[int, list[float]] = defaultdict(list)
     model = CostModel(config, profile)
     for row in rows:
-        if row["shared"]:
-            prefill, decode = loads(row)
-            num_tokens = prefill.num_tokens + decode.batch
-            known_s = predicted_s(model, row, Lane.DECODE) - model.products_s(num_tokens, profile.num_sms)
-            rest[num_tokens].append(row["step_ms"]["p50"] / 1e3 - known_s)
-    passes = tuple((num_tokens, _rate({profile.num_sms: median(of)})) for num_tokens, of in sorted(rest.items()))
-    profile = replace(profile, fused_passes=passes)
+        prefill, decode = loads(row)
+        num_tokens = row.get("ran_tokens", prefill.num_tokens + decode.batch)
+        if row["shared"] and num_tokens > 256:
+            products_s = model.products_s(prefill.num_tokens + decode.batch, profile.num_sms)
+            rest[num_tokens].append(row["step_ms"]["p50"] / 1e3 - predicted_s(model, row, Lane.DECODE) + products_s)
+    passes, least_s = dict(profile.passes), float("inf")
+    for num_tokens, seconds in sorted(rest.items(), reverse=True):
+        least_s = min(least_s, median(seconds))  # fewer tokens never take longer
+        known = {sms: model.products_s(num_tokens, sms) for sms, _ in passes[2 * K].points}
+        passes.setdefault(num_tokens, _rate(known | {profile.num_sms: least_s}))
+    profile = replace(profile, passes=tuple(sorted(passes.items())))
     model, found = CostModel(config, replace(profile, beside_factor=1.0, fork_join_s=0.0)), []
     for row in rows:
         prefill, decode = loads(row)
@@ -189,6 +201,8 @@ def factors(cost: CostModel, rows: list[dict]) -> tuple[tuple, ...]:
     cells: dict[tuple, list[tuple[float, float, int]]] = defaultdict(list)
     for row in rows:
         prefill, decode = loads(row)
+        if row.get("ran_tokens", 0) > 1.05 * (prefill.num_tokens + decode.batch):
+            continue
         cell = Cell.of(prefill, decode, row["decode_sms"], row["fused"])
         for lane, key in ((Lane.DECODE, "step_ms"), (Lane.PREFILL, "chunk_ms")):
             if key in row:
@@ -256,8 +270,7 @@ def _drawn(rows: list[dict]) -> dict:
 def write_profile(profile: Profile, path: Path) -> None:
     """JSON, a row of a table on a line."""
     raw = {key: value.points if isinstance(value, Curve) else value for key, value in vars(profile).items()}
-    for key in ("passes", "fused_passes"):
-        raw[key] = [[num_tokens, curve.points] for num_tokens, curve in raw[key]]
+    raw["passes"] = [[num_tokens, curve.points] for num_tokens, curve in profile.passes]
     lines = []
     for key, value in raw.items():
         is_table = isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple)

@@ -154,6 +154,17 @@ def winners(rows: list[dict]) -> dict[str, int]:
     return found
 
 
+def write(path: Path, about: dict, profile: Profile, rows: list[dict], measured: list[dict]) -> None:
+    head = about | {"profile": profile.name, "ways": WAYS, "winners": winners(rows)}
+    lines = ",\n  ".join(map(json.dumps, measured)), ",\n  ".join(map(json.dumps, rows))
+    text = f'{{{json.dumps(head)[1:-1]},\n "measured": [\n  {lines[0]}\n ],\n "predicted": [\n  {lines[1]}\n ]}}\n'
+    path.write_text(text)
+
+
+def title_of(profile: Profile) -> str:
+    return f"Predicted from the profile {profile.name!r}; rings: measured. Prompts of 8k tokens without end."
+
+
 def draw(rows: list[dict], measured: list[dict], path: Path, title: str) -> None:
     """Rates over the TBT, one panel for each batch and context; measured corners as marks."""
     import matplotlib
@@ -163,13 +174,14 @@ def draw(rows: list[dict], measured: list[dict], path: Path, title: str) -> None
 
     from nanodrift.bench.plots import COLORS, DASHES, FAINT, INK
 
-    batches, contexts, prompt = (16, 64), (1024, 8192, 32768), 8192
+    panels_of, prompt = ((16, (1024, 8192, 32768)), (64, (1024, 4096, 8192))), 8192
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK,
              "axes.edgecolor": FAINT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
              "svg.hashsalt": "nanodrift", "svg.fonttype": "none", "savefig.dpi": 140}  # fmt: skip
     with pyplot.rc_context(style):
-        figure, panels = pyplot.subplots(len(batches), len(contexts), figsize=(10, 5.6), sharex=True, sharey=True)
-        for (batch, context), panel in zip(itertools.product(batches, contexts), panels.flat, strict=True):
+        figure, panels = pyplot.subplots(2, 3, figsize=(10, 5.6), sharex=True, sharey=True)
+        shown = [(batch, context) for batch, contexts in panels_of for context in contexts]
+        for (batch, context), panel in zip(shown, panels.flat, strict=True):
             here = [r for r in rows if (r["batch"], r["context"], r["prompt"]) == (batch, context, prompt)]
             for way, color, dash in zip(WAYS, COLORS, DASHES, strict=False):
                 points = [(r["tbt_ms"], r[way] / 1e3) for r in here if r[way]]
@@ -224,7 +236,6 @@ def _run(options: argparse.Namespace) -> int:
     if options.measure:
         measured = measure(driver, ways, calibrate.WINDOW_S)
     counts = winners(rows)
-    title = f"Predicted from the profile {profile.name!r}; rings: measured. Prompts of 8k tokens without end."
     console.print(f"best of {len(rows)} points by profile {profile.name!r}: {counts}")
     for row in measured:
         error = row["prompt_tokens_per_s"] / row["predicted"] - 1
@@ -236,10 +247,7 @@ def _run(options: argparse.Namespace) -> int:
         errors = [abs(row["prompt_tokens_per_s"] / row["predicted"] - 1) for row in measured]
         console.print(f"median error of the predicted rate {100 * median(errors):.1f}%")
     if options.output:
-        head = about | {"profile": profile.name, "ways": WAYS, "winners": counts}
-        lines = ",\n  ".join(map(json.dumps, measured)), ",\n  ".join(map(json.dumps, rows))
-        text = f'{{{json.dumps(head)[1:-1]},\n "measured": [\n  {lines[0]}\n ],\n "predicted": [\n  {lines[1]}\n ]}}\n'
-        options.output.write_text(text)
+        write(options.output, about, profile, rows, measured)
     if options.plot:
-        draw(rows, measured, options.plot, title)
+        draw(rows, measured, options.plot, title_of(profile))
     return 0
