@@ -16,7 +16,7 @@ MAX_STOP_TOKEN_IDS = 16  # ids that min_tokens can hold back on the device
 MAX_STOP_STRINGS = 16
 MAX_BIASED_TOKENS = 300
 MAX_LOGPROBS = 20
-RANGES = {  # of numbers, both ends included
+RANGES = {  # of the numbers that the sampler reads too, both ends included
     "temperature": (0, 100),
     "min_p": (0, 1),
     "presence_penalty": (-2, 2),
@@ -188,16 +188,10 @@ class Request:
     def make_row_params(self) -> RowParams:
         params = self.params
         return RowParams(
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
+            **{name: getattr(params, name) for name in ("top_k", *RANGES)},
             seed=self.seed,
             banned_token_ids=tuple(sorted(self.stop_token_ids)) if params.min_tokens else (),
             min_position=len(self.prompt_token_ids) + params.min_tokens,
-            repetition_penalty=params.repetition_penalty,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
             logit_bias=params.biases,
             has_logprobs=params.logprobs is not None,
         )

@@ -473,13 +473,13 @@ def test_keys_guard_every_route_but_health():
 FIELDS = {
     "hh": "model max_tokens temperature top_p top_k min_p n seed stop stop_token_ids include_stop_str_in_output "
     "ignore_eos min_tokens presence_penalty frequency_penalty repetition_penalty logit_bias logprobs stream "
-    "stream_options skip_special_tokens truncate_prompt_tokens request_id priority slo cache_salt",
+    "stream_options skip_special_tokens truncate_prompt_tokens return_token_ids request_id priority slo cache_salt",
     "hr": "prompt echo add_special_tokens",
     "rh": "messages max_completion_tokens top_logprobs chat_template_kwargs continue_final_message "
     "add_generation_prompt",
     "rr": "best_of use_beam_search prompt_logprobs suffix tools tool_choice functions function_call response_format "
     "guided_json guided_regex guided_choice guided_grammar structured_outputs modalities audio prediction "
-    "web_search_options return_token_ids return_tokens_as_token_ids chat_template documents allowed_token_ids "
+    "web_search_options return_tokens_as_token_ids chat_template documents allowed_token_ids "
     "bad_words",
     "--": "user metadata store service_tier parallel_tool_calls safety_identifier",
 }
@@ -618,6 +618,20 @@ def test_prompts_can_be_cut_and_requests_named(http):
     with ThreadPoolExecutor(4) as pool:  # the same name several times at once
         same = list(pool.map(lambda _: complete(http, request_id="mine-1", max_tokens=30).status_code, range(8)))
     assert set(same) == {200}
+
+
+def test_token_ids_come_back(http):
+    body = {"prompt": "the fox 你好", "max_tokens": 20, "return_token_ids": True, "n": 2}
+    ids = TOKENIZER.encode(body["prompt"])
+    for choice in complete(http, **body).json()["choices"]:
+        assert choice["prompt_token_ids"] == ids and choice["token_ids"] == (ids * 20)[:20]
+    chunks = [c for chunk in stream(http, "/v1/completions", **body) for c in chunk["choices"] if c["index"] == 1]
+    assert chunks[0]["prompt_token_ids"] == ids and not any("prompt_token_ids" in c for c in chunks[1:])
+    assert list(chain.from_iterable(c["token_ids"] for c in chunks)) == (ids * 20)[:20]
+    chat = [c["choices"][0] for c in stream(http, "/v1/chat/completions", **CHAT, return_token_ids=True)]
+    assert chat[0]["prompt_token_ids"] == TOKENIZER.encode_chat(CHAT["messages"])
+    assert TOKENIZER.decode(list(chain.from_iterable(c.get("token_ids", ()) for c in chat))) == "hi"
+    assert "token_ids" not in complete(http).json()["choices"][0]
 
 
 def test_an_unfinished_message_goes_on(http):

@@ -36,6 +36,7 @@ class Piece:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     tokens: list[Scored] = field(default_factory=list)  # those whose text came since the last piece, if asked for
+    token_ids: list[int] = field(default_factory=list)  # likewise, but without an echoed prompt's
 
 
 class IdText:
@@ -90,11 +91,13 @@ class Generation:
         """The answer as one JSON body. Raises ApiError."""
         texts: list[list[str]] = [[] for _ in self._prompts]
         tokens: list[list[Scored]] = [[] for _ in self._prompts]
+        token_ids: list[list[int]] = [[] for _ in self._prompts]
         ends: list[Piece | None] = [None] * len(self._prompts)
         async with aclosing(self._merged()) as pieces:
             async for index, piece in pieces:
                 texts[index].append(piece.text)
                 tokens[index] += piece.tokens
+                token_ids[index] += piece.token_ids
                 if piece.finish_reason is not None:
                     ends[index] = piece
         if self._has_logprobs:
@@ -105,6 +108,9 @@ class Generation:
             self._shape.whole_choice(index, "".join(texts[index]), logprobs[index], end.finish_reason, end.stop_reason)
             for index, end in enumerate(ends)
         ]
+        if self._body.return_token_ids:
+            for index, choice in enumerate(choices):
+                choice |= {"prompt_token_ids": self._prompts[index], "token_ids": token_ids[index]}
         head = {"id": self.request_id, "object": self._shape.whole} | self._head
         return head | {"choices": choices, "usage": self._usage(), "system_fingerprint": None}
 
@@ -127,6 +133,10 @@ class Generation:
                 chunks = self._shape.chunk_choices(
                     index, piece.text, logprobs, piece.is_first, piece.finish_reason, piece.stop_reason
                 )
+                if self._body.return_token_ids:
+                    chunks[-1] |= {"token_ids": piece.token_ids}
+                    if piece.is_first:
+                        chunks[0] |= {"prompt_token_ids": self._prompts[index]}
                 for choice in chunks:
                     yield _event(head, [choice], counted(self._usage() if is_continuous else None))
         if has_usage:
@@ -213,6 +223,7 @@ class Generation:
         )
         must_echo = self._shape is CompletionShape and bool(body.echo)
         pending: list[Scored] = []  # their text has not been shown yet
+        pending_ids: list[int] = []
         try:
             async with aclosing(outputs):
                 async for output in outputs:
@@ -229,6 +240,8 @@ class Generation:
                     hides_last = output.finish_reason == "stop" and not include_stop
                     text_of_tokens, num_taken = self._show(index, text, output.token_ids, hides_last)
                     shown += text_of_tokens
+                    if body.return_token_ids:
+                        pending_ids += output.token_ids[:num_taken]
                     if output.logprobs:
                         if hides_last and self._shape is ChatShape:  # completions tell of every token that they count
                             num_taken = min(num_taken, len(output.token_ids) - 1)
@@ -241,10 +254,11 @@ class Generation:
                         self._client.abort(engine_id, reason, stop_reason)
                     if reason == "stop" and stop_reason in self._client.info.get("eos_token_ids", ()):
                         stop_reason = None  # the model's own end is no news
-                    tokens = []
+                    tokens, token_ids = [], []
                     if shown or reason is not None:
                         tokens, pending = pending, []
-                    yield Piece(shown, self._num_tokens[index], is_first, reason, stop_reason, tokens)
+                        token_ids, pending_ids = pending_ids, []
+                    yield Piece(shown, self._num_tokens[index], is_first, reason, stop_reason, tokens, token_ids)
                     if reason is not None:
                         return
         except QueueFull as error:

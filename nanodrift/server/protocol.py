@@ -59,7 +59,6 @@ NOT_HONOURED: dict[str, tuple] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
@@ -145,6 +144,7 @@ class GenerationBody(BaseModel):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     truncate_prompt_tokens: Annotated[int | None, Field(ge=1)] = None  # this many, from the end
+    return_token_ids: bool | None = None
     request_id: Annotated[str | None, Field(min_length=1, max_length=128, pattern=r"^[\w.:-]+$")] = None
     priority: Annotated[int | None, Field(ge=-(2**31), lt=2**31)] = None  # lower goes first
     slo: SloBody | None = None
