@@ -218,3 +218,32 @@ def test_the_embedded_model_tells_the_same_story_from_the_cache():
             stories.append(with_cache.num_cached_tokens)
             history += with_cache.text + " Then "
     assert stories[0] == 0 and stories[2] >= 64, stories
+
+
+def test_the_embedded_model_tells_the_same_stories_alone_packed_chunked_and_preempted():
+    from nanodrift import LLM
+
+    beginnings = (
+        "Once upon a time there was a little fox",
+        "A bear and an owl",
+        "In a small house by the sea",
+        "The frog",
+    )
+    prompts = [text + " who lived in the woods. " * number for number, text in enumerate(beginnings, 1)]
+    params = [
+        SamplingParams(temperature=0.8, seed=seed, max_tokens=120, ignore_eos=True) for seed in range(len(prompts))
+    ]
+    options = {"device": "cpu", "max_model_len": 256, "max_num_seqs": 4}
+
+    def stories(**more) -> tuple[list[list[int]], int]:
+        with LLM(**options | more) as llm:
+            outputs = llm.generate(prompts, params, progress=False)
+            scheduler = llm.engine.scheduler
+            assert scheduler.num_leaked_blocks == scheduler.pool.num_used_blocks == 0
+            return [output.token_ids for output in outputs], scheduler.num_preemptions
+
+    alone, _ = stories(max_num_seqs=1, prefix_caching=False)
+    assert stories() == (alone, 0)  # packed into one prefill, one decode batch
+    assert stories(max_prefill_tokens=7, prefill_layers=2) == (alone, 0)
+    preempted, num_preemptions = stories(num_kv_blocks=4)
+    assert preempted == alone and num_preemptions > 0
