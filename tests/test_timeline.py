@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from nanodrift.bench import explain, residency, timeline
+from nanodrift.bench import cli, explain, residency, timeline
 from nanodrift.config import SLO
 from nanodrift.dispatch import Mode
 from nanodrift.server.trace import Trace
@@ -96,3 +96,15 @@ def test_a_cpu_says_that_it_has_no_partitions():
 def test_a_trace_listens_from_when_it_is_made():
     engine = explain.simulate("mux", tuple(Mode), SLO(tbt_ms=12)).engine
     assert not Trace(engine).lines
+
+
+def test_a_run_writes_its_trace_and_shows_the_policy_block(tmp_path, capsys):
+    path = tmp_path / "run.json"
+    options = ["--num-prompts", "5", "--input-len", "300", "--output-len", "5", "--request-rate", "20"]
+    assert cli.main(["run", "--device", "sim", *options, "--timeline", str(path)]) == 0
+    trace = json.loads(path.read_text())
+    assert trace["otherData"]["simulated"] and trace["otherData"]["policy"] == "mux"
+    firsts = [event["args"].get("first_tokens", 0) for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert sum(firsts) == 5
+    said = capsys.readouterr()
+    assert "Device time by mode:" in said.err + said.out

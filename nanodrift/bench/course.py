@@ -22,8 +22,6 @@ from nanodrift.plan import DecodeWork, PrefillWork
 
 COURSE = Path(__file__).parent.parent / "README.md"
 SECTION = re.compile(r"(<!-- explain: (\w+) -->\n)(.*?)(<!-- /explain -->)", re.DOTALL)
-MERGE_TBTS_MS = (explain.TBT_MS, 12.0, 15.0, 20.0)  # the first at which a prompt ends beside the decode lane
-PAPERS = (Mode.SPLIT, Mode.EXCLUSIVE)  # the modes of the paper: here a merge and a piece of layers can be watched
 
 
 @dataclass
@@ -48,10 +46,10 @@ class Recorder:
         return decision
 
 
-def example(modes: tuple[Mode, ...], tbt_ms: float = explain.TBT_MS) -> tuple[explain.Run, list[Moment]]:
+def moments_of(slo: SLO) -> list[Moment]:
     moments: list[Moment] = []
-    slo = SLO(tbt_ms=tbt_ms)
-    return explain.simulate("mux", modes, slo, lambda policy, clock: Recorder(policy, clock, moments)), moments
+    explain.simulate("mux", tuple(Mode), slo, lambda policy, clock: Recorder(policy, clock, moments))
+    return moments
 
 
 def ms(seconds: float) -> str:
@@ -77,7 +75,7 @@ def problem() -> str:
 def at_arrival(name: str = "c") -> Moment:
     """The first question after this request has arrived: two decode, and it has a long prompt."""
     arrival_s = next(at_ms for known, at_ms, *_ in explain.REQUESTS if known == name) / 1e3
-    return next(moment for moment in example(tuple(Mode))[1] if moment.at_s >= arrival_s)
+    return next(moment for moment in moments_of(SLO(tbt_ms=explain.TBT_MS)) if moment.at_s >= arrival_s)
 
 
 def prediction() -> str:
@@ -87,7 +85,7 @@ def prediction() -> str:
     _, merged = load.chunk(dispatcher.max_prefill_tokens)
     head = (
         f"At {ms(moment.at_s)} {load.decode.batch} requests decode, {load.decode.context_tokens:,} tokens of context "
-        f"between them, each promised a token every {1e3 * load.tbt_s:g} ms. A prompt of {load.prompt_tokens:,} tokens "
+        f"between them, each promised a token every {explain.TBT_MS:g} ms. A prompt of {load.prompt_tokens:,} tokens "
         "arrives. A decode step beside it would take, on each of the partitions that were made at start:\n\n"
         "| decode SMs | alone | x guard | = promised | within the TBT | prefill meanwhile |\n"
         "|---:|---:|---:|---:|---|---:|\n"
@@ -143,13 +141,10 @@ def choice() -> str:
 
 
 def merge() -> str:
-    """A prompt that ends beside the decode lane, in the run without fused steps."""
-    for tbt_ms in MERGE_TBTS_MS:
-        run, _ = example(PAPERS, tbt_ms)
-        pieces = [s for s in run.timeline if isinstance(s.ticket.work, PrefillWork) and s.ticket.work.sampled_ids]
-        ended = next((piece for piece in pieces if not piece.ticket.partition.is_shared), None)
-        if ended is not None:
-            break
+    """A prompt that ends beside the decode lane; a fixed split shows it whatever the costs are."""
+    run = explain.simulate("static", tuple(Mode), SLO(tbt_ms=explain.TBT_MS))
+    pieces = [s for s in run.timeline if isinstance(s.ticket.work, PrefillWork) and s.ticket.work.sampled_ids]
+    ended = next(piece for piece in pieces if not piece.ticket.partition.is_shared)
     steps = [span for span in run.timeline if isinstance(span.ticket.work, DecodeWork)]
     name = ended.ticket.work.sampled_ids[0]
     request = next(request for request in run.requests if request.request_id == name)
@@ -159,9 +154,8 @@ def merge() -> str:
         meanwhile = f"A decode step is running until {ms(last.finished_s)}; nobody stops it"
     else:
         meanwhile = f"The decode lane's last step ended at {ms(last.finished_s)}; the next one was held back for {name}"
-    modes = ",".join(mode.value for mode in PAPERS)
     return (
-        f"Under `--modes {modes} --slo-tbt-ms {tbt_ms:g}` the last layers of request {name} end at "
+        f"Under `--policy static` the last layers of request {name} end at "
         f"{ms(ended.finished_s)}, on {ended.ticket.partition.prefill_sms} SMs: its first token. {meanwhile}. The step "
         f"from {ms(joined.started_s)} to {ms(joined.finished_s)} takes {name} in: {len(joined.ticket.work.rows)} rows. "
         f"The first gap of {name} is {ms(request.token_s[1] - request.token_s[0])}.\n"

@@ -41,7 +41,7 @@ REQUESTS = (  # name, arrival in ms, prompt tokens, output tokens
     ("e", 200, 12000, 10),
     ("f", 320, 300, 30),
 )
-TBT_MS = 8.0
+TBT_MS = 10.0
 PANELS = ("prefill-first", "chunked", "static", "mux")  # of the figure
 GANTT_COLUMNS = 110
 TENS = "0123456789abc"
@@ -171,7 +171,8 @@ def told(run: Run) -> str:
     ttfts = [request.first_token_s - request.arrival_s for request in run.requests]
     gaps = [b - a for request in run.requests for a, b in zip(request.token_s, request.token_s[1:], strict=False)]
     late = len(run.late_s())
-    return f"{late} tokens late, longest gap {1e3 * max(gaps):.0f} ms, mean TTFT {1e3 * fmean(ttfts):.0f} ms"
+    counted = f"{late} token{'' if late == 1 else 's'} late"
+    return f"{counted}, longest gap {1e3 * max(gaps):.1f} ms, mean TTFT {1e3 * fmean(ttfts):.0f} ms"
 
 
 def draw(runs: dict[str, Run], slo: SLO):
