@@ -849,6 +849,15 @@ def test_openai_client(server):
     assert chat.choices[0].message.content == "tea" and chat.choices[0].finish_reason == "stop"
     chunks = list(client.chat.completions.create(model="echo", messages=messages, stream=True))
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == "tea"
+    scored = client.chat.completions.create(model="echo", messages=messages, logprobs=True, top_logprobs=2)
+    entries = scored.choices[0].logprobs.content
+    assert "".join(entry.token for entry in entries).endswith("tea")
+    assert all(entry.logprob < 0 and len(entry.top_logprobs) == 2 for entry in entries)
+    scored = client.completions.create(
+        model="echo", prompt="tea", max_tokens=2, logprobs=3, echo=True, logit_bias={7: 1}
+    )
+    columns, num_prompt = scored.choices[0].logprobs, len(TOKENIZER.encode("tea"))
+    assert columns.token_logprobs[0] is None and len(columns.tokens) == num_prompt + 2
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="nope", prompt="a")
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
