@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rates", default="2,4,8", metavar="R,R", help="requests/s, or 80%%, or x0.4")
     add("--knee-of", default="prefill-first", metavar="P", help="whose highest stable rate is 100%%")
     add("--slo-tbt-ms", default="20", metavar="MS,MS", help="promises; default 20")
+    add("--slo-ttft-per-token-ms", type=float, default=0.0, metavar="MS", help="more TTFT for each prompt token")
     add("--seeds", type=int, default=1, metavar="N", help="runs of each point")
     add("--duration-s", type=positive, metavar="S", help="arrivals for so long at most")
     add(
@@ -134,7 +135,8 @@ class Sweep:
             key: str(options.get(key))
             for key in ("model", "workload", "trace", "num_prompts", "input_len", "output_len", "length_scale",
                         "decode_batch", "decode_input_len", "decode_output_len", "time_scale", "burstiness",
-                        "slo_ttft_ms", "duration_s", "drain_s", "dummy_draw", "prefix_caching", "device")
+                        "slo_ttft_ms", "slo_ttft_per_token_ms", "duration_s", "drain_s", "dummy_draw",
+                        "prefix_caching", "device")
         }  # fmt: skip
         self._open_folder()
 
@@ -309,6 +311,7 @@ def measure_cell(
             encode=target.encode,
             slo=slo,
             drain_s=options["drain_s"],
+            ttft_per_token_ms=options["slo_ttft_per_token_ms"],
             **({"advance": progress} if progress else {}),
         )
     if sum(not record.is_background for record in records) < len(workload.samples):
@@ -317,11 +320,16 @@ def measure_cell(
     points = []
     for tbt_ms in [cell.tbt_ms] if cell.tbt_ms is not None else tbts_ms:
         judged = replace(slo, tbt_ms=tbt_ms)
-        point = point_of(cell, spec, rate, [replace(record, slo=judged) for record in records], judged, workload)
+        point = point_of(cell, spec, rate, [judge(record, tbt_ms) for record in records], judged, workload)
         point |= {"simulated": target.is_simulated, **policy_figures}
         point |= power.figures(point["total_input_tokens"] + point["total_output_tokens"])
         points.append((point, lists_of(point, records)))
     return points
+
+
+def judge(record: Record, tbt_ms: float) -> Record:
+    """The record under another TBT promise; its TTFT promise may be its own."""
+    return replace(record, slo=replace(record.slo, tbt_ms=tbt_ms))
 
 
 def point_of(
