@@ -9,6 +9,7 @@
     python bench.py serve | run          a workload or trace on a server, or on the engine in this process
     python bench.py goodput              the highest request rate with the latency promises kept
     python bench.py compare | plot       two runs side by side; figures
+    python bench.py timeline             what ran when on how many SMs: draws the file of run --timeline
     python bench.py tables               writes README.md's tables and figure anew from results/*.json
 
 Engine options (``--device``, ``--load-format``, ...) are the fields of nanodrift/config.py's EngineConfig.
