@@ -22,9 +22,8 @@ from dataclasses import dataclass, replace
 
 from nanodrift.cost import Cell, CostModel, Guard
 from nanodrift.decision import Decision, Load, Mode, Policy  # noqa: F401
-from nanodrift.plan import MAX_FUSED_SLICES, Lane, Partition
+from nanodrift.plan import FUSED_TOKENS, MAX_FUSED_SLICES, Lane, Partition
 
-FUSED_TOKENS = (64, 128, 256, 512, 1024, 2048)  # chunks of a fused step; others are padded to the next of these
 MIN_PREFILL_SHARE = 0.1  # of the time, when no mode can keep the TBT
 LONE_PIECE_S = 5e-3  # of prefill while nothing decodes: what a first decode step may have to wait for, twice
 HYSTERESIS = 0.05  # a new choice must be better by this
@@ -111,32 +110,36 @@ class Dispatcher:
         return next((half for half in halves if not half.is_unmeetable), None)
 
     def fused_at(self, load: Load, partition: Partition, size: int) -> Decision:
-        """One pass for both with a chunk of this size, its attentions on this partition, whatever the TBT says."""
-        chunk, _ = load.chunk(size, MAX_FUSED_SLICES)
-        padded = replace(chunk, num_tokens=size)
+        """One pass for both, padded to ``size`` tokens, its attentions on this partition, whatever the TBT says."""
+        chunk, _ = load.chunk(min(size - load.decode.batch, self.max_prefill_tokens), MAX_FUSED_SLICES)
+        padded = replace(chunk, num_tokens=size - load.decode.batch)
         solo_s = self.cost.fused_s(padded, load.decode, partition.prefill_sms, partition.decode_sms)
-        cell = Cell.of(chunk, load.decode, partition.decode_sms)
-        step_s = solo_s * (1.0 if partition.is_shared else self.guard.factor(Lane.DECODE, cell).worst)
+        cell = Cell.of(chunk, load.decode, partition.decode_sms, is_fused=True)
+        step_s = solo_s * self.guard.factor(Lane.DECODE, cell).worst
         rate, layers = chunk.num_tokens / solo_s, self.cost.num_layers
         return Decision(Mode.FUSED, partition, chunk.num_tokens, layers, step_s, rate, step_s > load.tbt_s, step_s)
 
     def _fused(self, load: Load, guess: int) -> Decision | None:
         """The largest token chunk that keeps the TBT, the attentions beside each other where that pays."""
         best = self._largest_fused(load, self.whole_chip, guess)
-        if self.side_by_side and self.splits:
-            size = best.token_chunk if best else FUSED_TOKENS[0]
+        if self.side_by_side and self.splits and load.decode.batch < FUSED_TOKENS[-1]:
+            size = next(
+                size for size in FUSED_TOKENS if size > load.decode.batch + (best.token_chunk - 1 if best else 0)
+            )
             beside = min((self.fused_at(load, p, size) for p in self.splits), key=lambda option: option.step_s)
             if best is None or beside.step_s < best.step_s:
-                beside = self._largest_fused(load, beside.partition, size)
+                beside = self._largest_fused(load, beside.partition, beside.token_chunk)
                 best = max(best, beside, key=lambda o: o.prompt_tokens_per_s if o else 0.0)
         return best
 
     def _largest_fused(self, load: Load, partition: Partition, guess: int) -> Decision | None:
         """The largest chunk on this partition whose step keeps the TBT: a search by halves that begins at ``guess``."""
-        most = load.chunk(self.max_prefill_tokens, MAX_FUSED_SLICES)[0].num_tokens
-        sizes = FUSED_TOKENS[: 1 + sum(size < most for size in FUSED_TOKENS)]
+        batch = load.decode.batch
+        most = batch + load.chunk(self.max_prefill_tokens, MAX_FUSED_SLICES)[0].num_tokens
+        sizes = [size for size in FUSED_TOKENS if size > batch]
+        sizes = sizes[: 1 + sum(size < most for size in sizes)]
         low, high, best = -1, len(sizes), None  # the largest size known to fit, the smallest known not to
-        probe, stride = min(sum(size < guess for size in sizes), high - 1), 1
+        probe, stride = min(sum(size < batch + guess for size in sizes), high - 1), 1
         while high - low > 1:
             option = self.fused_at(load, partition, sizes[probe])
             if option.is_unmeetable:

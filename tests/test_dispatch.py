@@ -92,7 +92,7 @@ def test_a_step_that_was_slow_once_moves_the_split():
 def test_a_fused_chunk_grows_with_the_tbt():
     chunks = [dispatcher([Mode.FUSED]).choose(load(tbt_ms=tbt)).token_chunk for tbt in (8, 10, 20, 50, 100)]
     assert chunks == sorted(chunks)
-    assert chunks[0] < chunks[-1] == 2048
+    assert chunks[0] < chunks[-1] == 2048 - 40, "with the 40 rows that decode it fills a graph"
 
 
 def test_exclusive_takes_the_fewest_turns_that_the_tbt_allows():
