@@ -44,7 +44,7 @@ from nanodrift.cost import (
     Profile,
     h200_prior,
 )
-from nanodrift.plan import Lane, Partition
+from nanodrift.plan import FUSED_TOKENS, Lane, Partition
 
 WINDOW_S, QUICK_WINDOW_S = 1.5, 0.5
 LIGHT = 0.55  # of a window, where only decode runs: it draws too little for the clock to fall
@@ -56,29 +56,29 @@ K = 1024
 
 
 def shapes(partitions: Iterable[Partition], is_quick: bool = False) -> list[Shape]:
-    """Every window, in an order that spreads the partitions over time."""
+    """Every window; ``is_quick`` leaves out sizes between others."""
     whole = next(p for p in partitions if p.is_shared)
     splits = [p for p in partitions if not p.is_shared]
     found = []
     for partition in (whole, *splits):
         found += [Shape(partition, (K,) * batch) for batch in (1, 16, 32, 64, 128, 256)]
         found += [Shape(partition, (8 * K,) * batch) for batch in (16, 64)]
-        found += [Shape(partition, prompts=((n, 0),)) for n in (256, 512, K, 2 * K)]
+        sizes = (256, 512, K, 2 * K) if is_quick else (256, 512, 768, K, 1536, 2 * K)
+        found += [Shape(partition, prompts=((n, 0),)) for n in sizes]
         found += [Shape(partition, prompts=((128, 0),) * 16), Shape(partition, prompts=((2 * K, 6 * K),))]
     found += [Shape(whole, (4 * K,) * 128), Shape(whole, (32 * K,) * 16), Shape(whole, prompts=((512, 6 * K),))]
     found += [Shape(whole, prompts=((128, 6 * K),)), Shape(whole, prompts=((2 * K, 30 * K),))]
-    for batch, context, tokens, start in (
-        (16, K, 64, 0), (64, K, 256, 0), (16, K, K, 0), (64, K, 2 * K - 64, 0), (64, 8 * K, 256, 0), (64, 8 * K, K, 0),
-        (128, K, 512, 0), (16, 8 * K, 512, 6 * K), (64, 8 * K, 256, 6 * K), (64, 8 * K, 64, 6 * K),
-    ):  # fmt: skip
-        on = (whole, *(p for p in splits if p.decode_sms in (32, 48, 64))) if context > K else (whole,)
-        found += [Shape(partition, (context,) * batch, ((tokens, start),), is_fused=True) for partition in on]
+    for size in FUSED_TOKENS[1::2] if is_quick else FUSED_TOKENS:  # a graph each: their products take time in steps
+        found.append(Shape(whole, (K,) * 16, ((min(size - 16, 2 * K), 0),), is_fused=True))
+    for size, context, start in ((128, 8 * K, 6 * K), (320, 8 * K, 6 * K), (1024, 8 * K, 0)):
+        for partition in (whole, *(p for p in splits if p.decode_sms in (32, 48, 64))):
+            found.append(Shape(partition, (context,) * 64, ((size - 64, start),), is_fused=True))
     for partition in splits:
         for batch, context in ((16, K), (64, K), (128, K), (16, 8 * K), (64, 8 * K)):
             found.append(Shape(partition, (context,) * batch, ((2 * K, 0),), layers=4))
         found.append(Shape(partition, (K,) * 64, ((512, 0),), layers=12))
         found.append(Shape(partition, (8 * K,) * 16, ((2 * K, 6 * K),), layers=2))
-    return found[::2] + found[1::2] if is_quick else found
+    return found
 
 
 def measure(driver: Driver, wanted: list[Shape], window_s: float, console: Console) -> list[dict]:
