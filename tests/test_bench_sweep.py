@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from nanodrift.bench import figures, peers, plots, sweep, tables, workloads
+from nanodrift.bench import figures, peers, plots, sweep, tables, two_devices, workloads
 from nanodrift.bench.arrivals import drawn
 from nanodrift.bench.load import CUT_OFF, LEAD_S, run_workload
 from nanodrift.bench.policies import parse, parse_all
@@ -237,6 +237,50 @@ def test_policies_are_read():
 def test_a_setting_that_there_is_not_is_refused(text):
     with pytest.raises(ValueError, match=r"understood|mux is set"):
         parse(text)
+
+
+# --- two devices -----------------------------------------------------------------------------------------------------
+
+
+def on_two(text, rate=8.0, count=60, output_len=40):
+    workload = workloads.named("random", count, input_len=3000, output_len=output_len)
+    return two_devices.run(machine(), parse(text), workload, drawn(count, rate, 0), SLO(2000, 20), 0, 60.0)
+
+
+@pytest.mark.parametrize("text", ["disaggregated:50", "disaggregated-dynamic:50", "2xmux"])
+def test_two_devices_answer_every_request_once_and_in_order_of_time(text):
+    records = on_two(text)
+    assert [record.arrival_s for record in records] == pytest.approx(drawn(60, 8.0, 0))
+    assert all(len(record.token_s) == 40 and record.is_completed for record in records)
+    assert all(gap > 0 for record in records for gap in record.tbt_s) and all(r.ttft_s > 0 for r in records)
+
+
+def test_the_link_stands_between_the_first_token_and_the_second():
+    config = machine().model_config
+    kv_bytes = 3000 * config.num_kv_values_per_token * 2
+    for gb_per_s in (5, 50):
+        first_gaps = [record.tbt_s[0] for record in on_two(f"disaggregated:{gb_per_s}", rate=0.5, count=5)]
+        step_s = on_two(f"disaggregated:{gb_per_s}", rate=0.5, count=1)[0].tbt_s[5]
+        assert min(first_gaps) == pytest.approx(kv_bytes / (gb_per_s * 1e9) + step_s, rel=0.02)
+
+
+def test_a_decode_device_that_helps_shortens_the_queue():
+    alone, helped = (
+        sorted(record.ttft_s for record in on_two(text, rate=40.0, output_len=4))
+        for text in ("disaggregated:50", "disaggregated-dynamic:50")
+    )
+    assert helped[30] < 0.8 * alone[30]
+
+
+def test_two_devices_are_simulated_and_rows_say_so(tmp_path, target):
+    policies = ("--policy", "disaggregated:50,2xturns")
+    assert sweep.main(["--device", "sim", *policies, "--num-prompts", "10", "--output", str(tmp_path)]) == 0
+    points = lines_of(tmp_path)
+    assert all(point["devices"] == 2 and point["simulated"] for point in points) and len(points) == 6
+    with pytest.raises(ConfigError, match="only simulated"):
+        target.engine_for(parse("2xturns"), SLO())
+    with pytest.raises(ValueError, match="holds a batch"):
+        two_devices.run(machine(), parse("2xmux"), steady(), drawn(6, 1.0, 0), SLO(), 0, 60.0)
 
 
 # --- on a device -----------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nanodrift.bench import report, residency
+from nanodrift.bench import arrivals, report, residency, two_devices
 from nanodrift.bench.load import Record, run_workload
 from nanodrift.bench.options import (
     Progress,
@@ -297,6 +297,17 @@ def measure_cell(
     spec = parse(cell.policy)
     slo = SLO(options["slo_ttft_ms"], cell.tbt_ms if cell.tbt_ms is not None else min(tbts_ms))
     rate, workload = rate_and_workload(target, cell, options, knee_rate)
+    if spec.num_devices > 1:
+        due_s = (
+            arrivals.of_trace(workload, rate)
+            if workload.has_arrivals
+            else arrivals.drawn(len(workload.samples), rate, cell.seed, options["burstiness"])
+        )
+        records = two_devices.run(target.machine, spec, workload, due_s, slo, cell.seed, options["drain_s"])
+        return [
+            (point | {"simulated": True, "devices": 2}, lists_of(point, records))
+            for point in judged_points(cell, spec, rate, records, slo, workload, tbts_ms)
+        ]
     engine = target.engine_for(spec, slo)
     progress = Progress(console, len(workload.samples), cell.title) if console else None
     with target.power() as power:
@@ -318,13 +329,19 @@ def measure_cell(
         raise KeyboardInterrupt
     policy_figures = residency.figures(engine.stats(), predictions=engine.predictions())
     points = []
-    for tbt_ms in [cell.tbt_ms] if cell.tbt_ms is not None else tbts_ms:
-        judged = replace(slo, tbt_ms=tbt_ms)
-        point = point_of(cell, spec, rate, [judge(record, tbt_ms) for record in records], judged, workload)
+    for point in judged_points(cell, spec, rate, records, slo, workload, tbts_ms):
         point |= {"simulated": target.is_simulated, **policy_figures}
         point |= power.figures(point["total_input_tokens"] + point["total_output_tokens"])
         points.append((point, lists_of(point, records)))
     return points
+
+
+def judged_points(cell: Cell, spec: PolicySpec, rate, records, slo: SLO, workload: Workload, tbts_ms) -> list[dict]:
+    """The point of the cell's promise; of a cell that serves all promises, one for each."""
+    return [
+        point_of(cell, spec, rate, [judge(record, tbt_ms) for record in records], replace(slo, tbt_ms=tbt_ms), workload)
+        for tbt_ms in ([cell.tbt_ms] if cell.tbt_ms is not None else tbts_ms)
+    ]
 
 
 def judge(record: Record, tbt_ms: float) -> Record:
