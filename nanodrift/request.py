@@ -126,6 +126,7 @@ class Request:
 
     number: int = 0  # counts up in order of arrival
     row_params: RowParams = field(default_factory=RowParams)  # what the device's sampler needs of params
+    is_special: bool = False  # its steps do more than take the likeliest or a drawn token
     most_tokens: int = 0  # prompt and output together
     start_by_s: float = 0.0  # when its prefill must begin so that the TTFT is kept
     turn: tuple[float, float] = (0.0, 0.0)  # its place in the queue: priority, start_by_s
@@ -185,9 +186,9 @@ class Request:
         if self.params.min_tokens > 0 and len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise ValueError(f"min_tokens can hold back at most {MAX_STOP_TOKEN_IDS} stop ids, eos ids included")
 
-    def make_row_params(self) -> RowParams:
+    def set_row_params(self) -> None:
         params = self.params
-        return RowParams(
+        self.row_params = row = RowParams(
             **{name: getattr(params, name) for name in ("top_k", *RANGES)},
             seed=self.seed,
             banned_token_ids=tuple(sorted(self.stop_token_ids)) if params.min_tokens else (),
@@ -195,6 +196,7 @@ class Request:
             logit_bias=params.biases,
             has_logprobs=params.logprobs is not None,
         )
+        self.is_special = row.has_filter or row.has_penalty or row.has_logprobs or params.min_tokens > 0
 
     @property
     def num_new_tokens(self) -> int:

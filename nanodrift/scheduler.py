@@ -42,6 +42,7 @@ from nanodrift.request import Request, RequestState, TokenEvent
 from nanodrift.waiting import Waiting, overtake
 
 HEADROOM = 0.01  # of the TBT, for what no prediction knows: the host's part, and rounding
+FLAGS = ("has_filter", "has_penalty", "has_logprobs")  # of RowParams, and of a step that has such a row
 MAX_IN_FLIGHT = 2  # on each lane: step n + 1 is launched before the host has read step n
 
 
@@ -70,12 +71,10 @@ class Scheduler:
         self.running: list[Request] = []  # decode
         self.decision: Decision | None = None  # how the lanes share the device just now
         self.num_preemptions = 0
-        self.num_unmeetable_steps = 0  # decode steps launched although nothing could keep their TBT
         self._free_rows = deque(range(num_rows))
         self._open: list[Chunk] = []  # whose layers are being launched: the last one now, one before it later
         self._newest: tuple[PrefillSlice, ...] = ()  # of the chunk that was begun last
-        self._num_batches = 0
-        self._num_added = 0
+        self._num_batches = self._num_added = 0
         self._flight = Flight()
         self._decode, self._tbt_s = DecodeLoad(), math.inf  # of the newest decode step
         self._decided: tuple = ()  # what the decision in force was made for
@@ -98,7 +97,7 @@ class Scheduler:
         """Queues a request that ``check`` has let pass."""
         request.number = self._num_added = self._num_added + 1
         request.most_tokens = min(len(request.prompt_token_ids) + request.params.max_tokens, self.max_model_len)
-        request.row_params = request.make_row_params()
+        request.set_row_params()
         self.requests[request.request_id] = request
         self.pool.match(request)
         self.waiting.add(request, request.num_new_tokens * self._token_s)
@@ -167,12 +166,11 @@ class Scheduler:
         events, touched = [], []
         self._flight.complete(ticket, now_s)
         for part in ticket.work.parts:
-            requests = self._requests_of(part)
-            for request in requests:
-                request.num_in_flight -= 1
-            touched += requests
+            touched += self._requests_of(part)
             if isinstance(part, PrefillWork) and part.is_last:
                 self._note_written(part)
+        for request in touched:
+            request.num_in_flight -= 1
         if completion.prompt_logprobs:
             self._take_prompt_logprobs(ticket.work.parts[0], completion.prompt_logprobs)
         all_logprobs = completion.logprobs or itertools.repeat(None)
@@ -264,17 +262,15 @@ class Scheduler:
             self._wake_s[Lane.DECODE] = self._flight.step_from_s(self._tbt_s, self._beside_s)
             if now_s < self._wake_s[Lane.DECODE]:
                 return None
+        special = [r for r in batch if r.is_special]
         step = DecodeWork(
             request_ids=tuple([r.request_id for r in batch]),
             rows=tuple([r.row for r in batch]),
             positions=tuple(positions),
-            has_filter=any(r.row_params.has_filter for r in batch),
-            has_ban=any(r.row_params.min_position > p + 1 for r, p in zip(batch, positions, strict=True)),
+            has_ban=any(r.row_params.min_position > r.num_tokens + r.num_launched_tokens for r in special),
             new_blocks=tuple([NewBlocks(r.row, len(r.block_ids), tuple(self.pool.allocate(r, 1))) for r in short]),
-            has_penalty=any(r.row_params.has_penalty for r in batch),
-            has_logprobs=any(r.row_params.has_logprobs for r in batch),
+            **{flag: any(getattr(r.row_params, flag) for r in special) for flag in FLAGS},
         )
-        self.num_unmeetable_steps += self.decision.is_unmeetable
         if not is_fused:
             return step, partition
         chunk = self._form_chunk(now_s, self.decision.token_chunk, MAX_FUSED_SLICES)
@@ -318,13 +314,14 @@ class Scheduler:
 
     def _next_prefill(self, now_s: float) -> tuple[PrefillWork, Partition] | None:
         self._flight.planned_s = math.inf
-        if not (self._open or self.prefilling or self.waiting):
+        is_stepping = self._decode.batch > 0 and not self._is_draining
+        is_fused = is_stepping and self.decision.mode is Mode.FUSED  # decode is asked first, and takes prompts along
+        if not self._open and (is_fused or not (self.prefilling or self.waiting)):
             return None  # most turns: nothing to ask the policy
         self._decide(now_s)
-        decision, is_stepping = self.decision, self._decode.batch > 0 and not self._is_draining
-        if not self._flight.can_queue(decision.partition, is_stepping and not decision.holds_decode):
-            return None
-        if not self._open and (self._is_draining or (is_stepping and decision.mode is Mode.FUSED)):
+        decision = self.decision
+        is_closed = not self._open and (self._is_draining or (is_stepping and decision.mode is Mode.FUSED))
+        if is_closed or not self._flight.can_queue(decision.partition, is_stepping and not decision.holds_decode):
             return None
         if not self._open or (len(self._open) < MAX_OPEN_CHUNKS and not self._is_draining):
             formed = self._form_chunk(now_s, decision.token_chunk)
@@ -337,8 +334,8 @@ class Scheduler:
         is_last, new_blocks = last == self.num_layers, chunk.new_blocks if first == 0 else ()
         work = PrefillWork(chunk.batch_id, chunk.slices, first, last, is_last, new_blocks)
         if work.sampled_ids and is_stepping and not decision.partition.is_shared:
-            piece_s = self._predicted_s(work)
-            self._wake_s[Lane.PREFILL] = self._flight.merge_from_s(piece_s, self._tbt_s, self._beside_s)
+            times = self._predicted_s(work), self._tbt_s, self._beside_s
+            self._wake_s[Lane.PREFILL] = self._flight.merge_from_s(*times)
             if now_s < self._wake_s[Lane.PREFILL]:
                 return None
         chunk.next_layer = last
