@@ -112,11 +112,12 @@ class Tile(NamedTuple):
 
 TILES = (
     Tile(128, 256, 64, 8, 4, 2, 1.00),
-    Tile(64, 256, 64, 4, 4, 1, 0.54),
-    Tile(64, 192, 64, 4, 6, 3, 0.43),
+    Tile(128, 192, 64, 8, 5, 3, 0.86),
+    Tile(64, 192, 64, 4, 6, 3, 0.50),
+    Tile(64, 128, 64, 4, 4, 1, 0.53, programs_per_sm=2),
     Tile(64, 128, 128, 4, 4, 1, 0.295),
 )
-DETERMINISTIC_TILE = TILES[3]
+DETERMINISTIC_TILE = TILES[4]
 GROUP_M = 8
 SHARED_BYTES = 232448 - 1024  # of one SM of compute capability 9.0, less room for barriers
 
@@ -172,7 +173,7 @@ def gemm(x, w, *, bias=None, residual=None, out=None, num_sms, deterministic=Fal
     if residual is not None:
         staging_bytes += block_m * store_n * residual.element_size()
     stage_bytes = (block_m + block_n) * block_k * x.element_size()
-    num_stages = max(2, min(max_stages, (SHARED_BYTES - staging_bytes) // stage_bytes))
+    num_stages = max(2, min(max_stages, (SHARED_BYTES // programs_per_sm - staging_bytes) // stage_bytes))
     num_tiles = ceil_div(M, block_m) * ceil_div(N, block_n)
     main_n = 1 << (block_n.bit_length() - 1)  # the power of two in block_n; what is left is the tail
     tail_n = block_n - main_n

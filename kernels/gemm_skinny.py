@@ -89,12 +89,13 @@ class SkinnyTile(NamedTuple):
 TILES = (
     SkinnyTile(16, 64, 128, 4, 5, 2),
     SkinnyTile(32, 64, 128, 4, 4, 2),
-    SkinnyTile(64, 64, 128, 4, 3, 2),
-    SkinnyTile(128, 64, 128, 4, 4, 1, 0.56),
-    SkinnyTile(128, 128, 64, 8, 6, 1, 1.0),
+    SkinnyTile(64, 64, 64, 4, 6, 2, 0.6),
+    SkinnyTile(64, 128, 64, 4, 4, 2, 1.0),
+    SkinnyTile(128, 64, 128, 4, 4, 1, 0.6),
+    SkinnyTile(128, 128, 64, 4, 6, 1, 1.0),
 )
 SPLITS = (1, 2, 4)
-SPLIT_COST = 0.1  # of a wave: every further partial is written here and read again by the consumer
+SPLIT_COST = 0.15  # of a wave: every further partial is written here and read again by the consumer
 
 
 def choose(M, N, K, num_sms, splits=SPLITS):

@@ -101,20 +101,21 @@ def _swiglu_skinny_kernel(
 
 TILES = (  # persistent, for many rows
     Tile(128, 128, 64, 8, 3, 1, 1.0),
-    Tile(128, 64, 64, 4, 4, 1, 0.52),
-    Tile(64, 128, 64, 4, 5, 1, 0.525),
+    Tile(128, 64, 64, 4, 3, 1, 1.01, programs_per_sm=2),
+    Tile(64, 128, 64, 4, 5, 1, 0.51),
 )
 DETERMINISTIC_TILE = TILES[0]
 FEW_ROWS_TILES = (  # the first whose block_m holds M
     SkinnyTile(16, 64, 128, 4, 3, 2),
     SkinnyTile(32, 128, 128, 8, 3, 1),
-    Tile(64, 128, 64, 4, 5, 1, 1.0),
+    Tile(64, 64, 128, 4, 4, 1, 1.0),
     Tile(128, 64, 64, 4, 3, 1, 1.0, programs_per_sm=2),
 )
 FEW_ROWS_FEW_SMS_TILES = (  # shallower blocks keep the ring fuller where one SM needs 100 GB/s and more
     SkinnyTile(16, 64, 64, 4, 6, 2),
     SkinnyTile(32, 64, 64, 4, 5, 2),
-    *FEW_ROWS_TILES[2:],
+    Tile(64, 128, 64, 4, 5, 1, 1.0),
+    Tile(128, 64, 64, 4, 3, 1, 1.0, programs_per_sm=2),
 )
 FEW_SMS = 64
 

@@ -23,20 +23,21 @@ SKINNY = (  # as SkinnyTile: rows, columns, k, warps, stages, programs on an SM
     *gemm_skinny.TILES,
     S(16, 64, 128, 4, 6, 2), S(16, 128, 128, 4, 5, 1), S(16, 128, 128, 4, 3, 2), S(16, 64, 256, 4, 3, 2),
     S(32, 128, 128, 4, 5, 1), S(32, 128, 64, 4, 5, 2), S(32, 64, 64, 4, 8, 2),
-    S(64, 128, 64, 4, 4, 2), S(64, 128, 64, 4, 8, 1), S(64, 128, 128, 8, 4, 1), S(64, 256, 64, 8, 5, 1),
+    S(64, 128, 64, 4, 4, 2), S(64, 128, 64, 4, 8, 1), S(64, 128, 128, 8, 4, 1), S(64, 256, 64, 8, 4, 1),
+    S(64, 256, 64, 4, 4, 1),
     S(64, 64, 64, 4, 6, 2), S(64, 128, 64, 8, 8, 1),
     S(128, 128, 64, 4, 6, 1), S(128, 128, 128, 8, 3, 1), S(128, 256, 64, 8, 4, 1), S(128, 64, 64, 4, 4, 2),
     S(128, 128, 64, 4, 3, 2),
 )  # fmt: skip
 GEMM = (
     *gemm.TILES,
+    T(128, 192, 64, 8, 5, 3, 0), T(128, 192, 64, 8, 4, 3, 0), T(128, 96, 64, 8, 6, 3, 0), T(256, 192, 64, 8, 3, 3, 0),
     T(128, 128, 64, 8, 6, 1, 0), T(128, 128, 64, 4, 3, 1, 0, 2), T(128, 64, 64, 4, 4, 1, 0, 2),
-    T(64, 128, 64, 4, 4, 1, 0, 2), T(64, 64, 128, 4, 3, 1, 0, 2), T(64, 256, 64, 8, 5, 1, 0),
-    T(256, 128, 64, 8, 4, 1, 0),
+    T(64, 128, 64, 4, 4, 1, 0, 2), T(256, 128, 64, 8, 4, 1, 0), T(256, 128, 64, 8, 4, 2, 0),
 )  # fmt: skip
 SWIGLU = (
     *swiglu.TILES, *swiglu.FEW_ROWS_TILES, *swiglu.FEW_ROWS_FEW_SMS_TILES,
-    T(64, 128, 64, 8, 5, 1, 0), T(64, 64, 64, 4, 4, 1, 0, 2), T(64, 64, 128, 4, 4, 1, 0), T(128, 128, 64, 8, 4, 1, 0),
+    T(64, 128, 64, 8, 4, 1, 0), T(64, 64, 64, 4, 4, 1, 0, 2), T(64, 64, 128, 4, 4, 1, 0), T(128, 128, 64, 8, 4, 1, 0),
     T(128, 64, 64, 8, 6, 1, 0), T(64, 64, 64, 4, 8, 1, 0), T(128, 32, 64, 4, 4, 1, 0, 2),
 )  # fmt: skip
 
@@ -90,20 +91,19 @@ def main(arguments, lanes, console) -> int:
     maker, rows = Maker(MODELS[arguments.model], lanes.device), []
     sms = [int(n) for n in arguments.sms.split(",")] if arguments.sms else None
     wanted = arguments.op or ["gemm_skinny", "gemm", "swiglu"]
+    tokens = [int(n) for n in arguments.tokens.split(",")] if arguments.tokens else None
     if "gemm_skinny" in wanted:
         for name in ("qkv", "o", "down", "head"):
-            for M in (1, 32, 64, 128):
+            for M in tokens or (1, 32, 64, 128):
                 rows += tune(maker.product(name, M), skinny_options(name, M), lanes, sms or (132, 64, 32, 16), console)
     if "gemm" in wanted:
         for name in ("qkv", "o", "down"):
-            for M in (192, 256, 384, 512, 768, 1024):
+            for M in tokens or (192, 256, 384, 512, 768, 1024):
                 rows += tune(maker.product(name, M), gemm_options(name, M), lanes, sms or (132, 100, 84, 68), console)
     if "swiglu" in wanted:
-        for M in (1, 32, 64, 128, 192, 256, 384, 512, 768, 1024):
-            tiles = [t for t in dict.fromkeys(SWIGLU) if t.block_m < 2 * M and (t.block_m >= M or t.block_m >= 64)]
-            tiles = [t for t in tiles if isinstance(t, T) or t.block_m >= M]
+        for M in tokens or (1, 32, 64, 128, 192, 256, 384, 512, 768, 1024):
             counts = sms or ((132, 64, 32, 16) if M <= 128 else (132, 100, 84, 68))
-            rows += tune(maker.swiglu(M), [{"tile": t} for t in tiles], lanes, counts, console)
+            rows += tune(maker.swiglu(M), swiglu_options(M), lanes, counts, console)
     if arguments.output:
         arguments.output.write_text(json.dumps(rows) + "\n")
     return 0
@@ -122,11 +122,17 @@ def gemm_options(name: str, M: int) -> list[dict]:
     return options
 
 
+def swiglu_options(M: int) -> list[dict]:
+    block_m = max(16, 1 << (M - 1).bit_length())
+    tiles = [t for t in dict.fromkeys(SWIGLU) if t.block_m <= max(64, block_m)]
+    return [{"tile": t} for t in tiles if isinstance(t, T) or t.block_m >= M]
+
+
 def tune(case: Case, options: list[dict], lanes, sms, console) -> list[dict]:
     """Times every option on every SM count and prints the best beside the rule's choice and cuBLAS."""
     rows = []
     order = list(range(case.num_sets)) * max(1, -(-8 // case.num_sets))
-    consumer = {} if case.op == "swiglu" or case.name.startswith("head") else {"consumer": True}
+    consumer = {"consumer": True} if case.op == "gemm_skinny" and not case.name.startswith("head") else {}
     for num_sms in sms:
         timed = []
         for option in [{}, *options]:
