@@ -92,9 +92,9 @@ TILES = (
     SkinnyTile(64, 64, 64, 4, 6, 2, 0.6),
     SkinnyTile(64, 128, 64, 4, 4, 2, 1.0),
     SkinnyTile(128, 64, 128, 4, 4, 1, 0.6),
-    SkinnyTile(128, 128, 64, 4, 6, 1, 1.0),
+    SkinnyTile(128, 128, 64, 8, 6, 1, 1.0),
 )
-SPLITS = (1, 2, 4)
+SPLITS = (1, 2, 3, 4)
 SPLIT_COST = 0.15  # of a wave: every further partial is written here and read again by the consumer
 
 

@@ -95,6 +95,7 @@ def test_tiles_and_splits_follow_rows_and_sms():
     assert gemm.choose_tile(384, 4096, 132) == odd  # 132 tiles, one for each SM
     assert gemm.choose_tile(256, 4096, 132) == small
     assert [gemm_skinny.num_splits(1, 4096, 4096, num_sms) for num_sms in (16, 64, 132)] == [1, 2, 4]
+    assert gemm_skinny.num_splits(1, 4096, 14336, 48) == 3  # 64 column tiles: 96 programs take 192 units
     assert gemm_skinny.num_splits(1, 128256, 4096, 132) == 1
     assert gemm_skinny.num_splits(1, 64, 64, 132) == 1  # nothing to split
     assert [gemm_skinny.choose(64, 128256, 4096, num_sms, (1,))[0].block_n for num_sms in (16, 64)] == [128, 128]
