@@ -1,8 +1,14 @@
-"""Decides, lane by lane, what runs next: queue order, admission, token and layer chunks, merging, preemption.
+"""Decides, lane by lane, what runs next: admission, token and layer chunks, merging, overtaking, preemption.
 
-Continuous batching in the terms of plan.py. A request waits, is prefilled in token chunks (each chunk in layer chunks),
-merges into the decode batch when its first token is seen, and decodes until it stops. Steps are launched before the
-host has read the last one, so a request's end is noticed up to one step late and its extra token is dropped.
+Continuous batching in the terms of plan.py. A request waits (waiting.py says whose turn it is), is prefilled in token
+chunks (each chunk in layer chunks), merges into the decode batch and decodes until it stops. Steps are launched before
+the host has read the last one, so a request's end is noticed up to one step late and its extra token is dropped. What
+is in flight, and where and when the next step may follow it, is flight.py's business; how the lanes share the device
+is the policy's, which is asked whenever something has changed.
+
+A short prompt may overtake a long one under way, at a token chunk's end or at a layer's, if it would lose its TTFT and
+the long one loses nothing. Where blocks run out, cached ones go first; then nothing new is launched, and when nothing
+is in flight the request that costs least to bring back is preempted. New prompts are held back before that.
 
 A prompt starts at its first token that is not in the prefix cache (kvcache.py). A request whose next block is being
 computed by another just now waits for it: it holds nothing meanwhile, so nobody can wait for it in turn, and when the

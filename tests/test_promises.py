@@ -113,7 +113,7 @@ def test_the_same_calls_give_the_same_launches(policy, tmp_path):
 
 
 def test_a_recorded_run_is_repeated_launch_by_launch():
-    """Where the scheduler is meant to change, ``PYTHONPATH=. python tests/test_promises.py`` writes the recording anew."""
+    """Where the scheduler is meant to change, ``PYTHONPATH=. python tests/test_promises.py`` records it anew."""
     assert not differences(GOLDEN, fresh_scheduler("mux"), gives_decisions=True)
     text = GOLDEN.read_text()
     assert text.count('"next"') > 50 and "prefill" in text and "decode" in text
