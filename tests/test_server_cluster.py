@@ -74,6 +74,15 @@ def engines() -> dict[int, int]:
     return found
 
 
+def num_running(url: str) -> float:
+    """Requests that the two engines run at this moment."""
+    loads = {}
+    while len(loads) < 2:
+        answer = httpx.get(f"{url}/load", timeout=PATIENCE_S)
+        loads[answer.headers["x-replica"]] = answer.json()["engine"]["num_requests_running"]
+    return sum(loads.values())
+
+
 async def stream(url: str, number: int, num_tokens: int) -> dict:
     """One stream of a conversation of its own: who served it, what came, and how it ended."""
     body = {"prompt": f"Story {number}", "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
@@ -136,19 +145,12 @@ def test_it_is_the_same_server(url):
 
 
 def test_a_client_that_leaves_frees_its_request(url):
-    def num_running() -> float:
-        loads = {}
-        while len(loads) < 2:
-            answer = httpx.get(f"{url}/load", timeout=PATIENCE_S)
-            loads[answer.headers["x-replica"]] = answer.json()["engine"]["num_requests_running"]
-        return sum(loads.values())
-
     body = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE_S) as response:
         reader = response.iter_bytes()
         next(reader)
-        eventually(lambda: num_running() == 1)
-    eventually(lambda: num_running() == 0)
+        eventually(lambda: num_running(url) == 1)
+    eventually(lambda: num_running(url) == 0)
 
 
 @pytest.mark.parametrize("victim", ["engine", "replica"])
@@ -166,7 +168,7 @@ def test_one_of_two_is_killed(url, figures, victim):
 
     async def in_flight() -> list[dict]:
         running = asyncio.create_task(streams(url, 24, 400))
-        await asyncio.sleep(1.5)
+        await asyncio.to_thread(eventually, lambda: num_running(url) == 24)
         engine, replica = next(iter(engines().items()))
         os.kill({"engine": engine, "replica": replica}[victim], signal.SIGKILL)
         await asyncio.sleep(0.3)  # until the death is known: what comes before is in flight like the others
