@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -414,3 +416,13 @@ def test_sums_of_rates_are_shares_of_the_whole_chip():
     (found,) = sharing.corun(rows)
     assert (found["decode_share"], found["prefill_share"], found["sum"]) == (0.6, 0.6, 1.2)
     assert (found["way"], found["decode_sms"], found["context"], found["watts"]) == ("split", 32, 1024, 690.0)
+
+
+def test_the_map_needs_no_torch():
+    script = (
+        "import sys; sys.modules['torch'] = None\nfrom nanodrift.bench import map\nsys.exit(map.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, "--model", "llama-3.1-8b"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "NVIDIA H200, calibrated" in result.stderr
