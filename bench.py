@@ -9,6 +9,7 @@ OWN_COMMAND_LINES = {  # modes with a parser of their own; explain, sim and a si
     "sim": "simulate",
     "sweep": "sweep",
     "peers": "peers",
+    "versus": "versus",
     "calibrate": "calibrate",
     "map": "map",
     "kernels": "kernels",

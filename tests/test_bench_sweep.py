@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from nanodrift.bench import figures, peers, plots, sweep, tables, two_devices, workloads
+from nanodrift.bench import figures, peers, plots, sweep, tables, two_devices, versus, workloads
 from nanodrift.bench.arrivals import drawn
 from nanodrift.bench.load import CUT_OFF, LEAD_S, run_workload
 from nanodrift.bench.policies import parse, parse_all
@@ -126,6 +126,22 @@ def test_a_figure_of_a_sweep_says_what_it_shows(tmp_path, kind):
         assert shares == sorted(shares) and len(set(shares)) > 1
         point = lines_of(tmp_path / "s")[0]
         assert shares[figures.SCALES.index(1.0)] == point["slo_attainment"], "judged anew, it is what it was"
+
+
+def test_a_policy_against_the_others_with_paired_intervals(tmp_path, capsys):
+    assert run(tmp_path, "--num-prompts", "60", "--seeds", "2") == 0
+    capsys.readouterr()
+    assert versus.main([str(tmp_path)]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["rate"], row["against"]) for row in rows] == [("4", "turns"), ("8", "turns")]
+    points = {(p["policy"], p["rate"], p["seed"]): p["slo_attainment"] for p in lines_of(tmp_path)}
+    for row in rows:
+        mean = {name: sum(points[name, row["rate"], seed] for seed in (0, 1)) / 2 for name in ("mux", "turns")}
+        value, low, high = row["good"]
+        assert value == pytest.approx(100 * (mean["mux"] - mean["turns"])) and low <= value <= high and low > 0
+    same = versus.compare(*[versus.load(tmp_path)["8", 20.0, "mux"]] * 2)
+    assert same["good"] == (0, 0, 0) and same["ttft_p99"] == (1, 1, 1), "paired: what both met cancels out"
+    assert versus.main([str(tmp_path), "--of", "chunked"]) == 2 and versus.main([str(tmp_path / "none")]) == 2
 
 
 # --- loads -----------------------------------------------------------------------------------------------------------

@@ -394,6 +394,7 @@ def lists_of(point: dict, records: list[Record]) -> dict:
         "p99_gap_ms": [ms(percentile(own, 99)) if own else None for own in gaps],
         "max_gap_ms": [ms(own[-1]) if own else None for own in gaps],
         "completed": [int(record.is_completed) for record in records],
+        "good": [int(judge(record, point["slo"]["tbt_ms"]).is_good()) for record in records],
         "background": [int(record.is_background) for record in records],
     }
 
