@@ -127,7 +127,7 @@ def choice() -> str:
     for offer in dispatcher.options(moment.load):
         cells = (
             f"**{offer.mode.value}**" if offer.mode is moment.decision.mode else offer.mode.value,
-            "whole chip" if offer.partition.is_shared else f"decode on {offer.partition.decode_sms} SMs",
+            explain.where(offer),
             f"{offer.token_chunk}",
             f"{offer.layers}",
             ms(offer.step_s),

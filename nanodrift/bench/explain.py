@@ -41,7 +41,7 @@ REQUESTS = (  # name, arrival in ms, prompt tokens, output tokens
     ("e", 200, 12000, 10),
     ("f", 320, 300, 30),
 )
-TBT_MS = 10.0
+TBT_MS = 9.0
 PANELS = ("prefill-first", "chunked", "static", "mux")  # of the figure
 GANTT_COLUMNS = 110
 TENS = "0123456789abc"
@@ -112,11 +112,19 @@ class Narrator:
         for mode in Mode:
             offer = offers.get(mode)
             cells.append(f"{1e3 * offer.step_s:5.1f} {offer.prompt_tokens_per_s / 1e3:3.0f}k" if offer else "    -    ")
-        where = "whole chip" if decision.partition.is_shared else f"decode on {decision.partition.decode_sms} SMs"
         return (
             f"{1e3 * self.clock.now():7.1f}  {load.decode.batch:5d}  {load.prompt_tokens:6d}  {'  '.join(cells)}  "
-            f"{decision.mode.value}, {where}, {reason(load, decision, offers)}"
+            f"{decision.mode.value}, {where(decision)}, {reason(load, decision, offers)}"
         )
+
+
+def where(decision: Decision) -> str:
+    prefill_sms, decode_sms = decision.partition.prefill_sms, decision.partition.decode_sms
+    if decision.partition.is_shared:
+        return "whole chip"
+    return (
+        f"attention {prefill_sms} + {decode_sms} SMs" if decision.mode is Mode.FUSED else f"decode on {decode_sms} SMs"
+    )
 
 
 def reason(load: Load, decision: Decision, offers: dict[Mode, Decision]) -> str:
