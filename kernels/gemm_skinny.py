@@ -74,7 +74,8 @@ class SkinnyTile(NamedTuple):
     """Tile of one program for M up to block_m, its pipeline, how many programs share an SM.
 
     The rings of an SM's programs hold 120 KB or more together: what a latency of ~1 us at 100 GB/s and more needs.
-    cost: time that a full wave of such tiles takes over the same K, relative to the others of the same block_m.
+    cost: time that a full wave of such tiles takes over the same K, relative to the others of the same block_m. Wide
+    tiles read x less often, which counts from 64 rows on: x then moves as many bytes through L2 as w does.
     """
 
     block_m: int
@@ -89,7 +90,7 @@ class SkinnyTile(NamedTuple):
 TILES = (
     SkinnyTile(16, 64, 128, 4, 5, 2),
     SkinnyTile(32, 64, 128, 4, 4, 2),
-    SkinnyTile(64, 64, 64, 4, 6, 2, 0.6),
+    SkinnyTile(64, 64, 128, 4, 3, 2, 0.6),
     SkinnyTile(64, 128, 64, 4, 4, 2, 1.0),
     SkinnyTile(128, 64, 128, 4, 4, 1, 0.6),
     SkinnyTile(128, 128, 64, 8, 6, 1, 1.0),

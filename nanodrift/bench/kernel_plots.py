@@ -63,7 +63,7 @@ def _figure(pyplot, op: str, rows: list[dict], result: dict):
         axis.set_ylim(0)
         axis.set_xlim(0, max(sms) * 1.04)
         axis.set_ylabel(unit, fontsize=7)
-        axis.set_xticks(sms if len(sms) < 5 else [sms[0], *[n for n in sms[1:] if n % 32 == 0 or n in (100, 132)]])
+        axis.set_xticks([n for n in sms if n not in (36, 96, 116)])
     for axis in list(axes.flat)[len(names) :]:
         axis.set_visible(False)
     for axis in axes[-1]:
