@@ -185,6 +185,19 @@ def test_without_a_mode_it_ends_in_a_table_a_plot_and_a_json_line(capsys, tmp_pa
         assert "decode step" in err and "next:" in err
 
 
+def test_throughput_and_latency_of_the_simulated_machine(capsys):
+    outputs = []
+    for _ in range(2):
+        small = "--prefill 512 --batches 1 64 --num-prompts 8 --decode-steps 16"
+        assert cli.main(["--device", "sim", *small.split()]) == 0
+        out, err = capsys.readouterr()
+        outputs.append(out)
+    result = json.loads(out)
+    assert outputs[0] == outputs[1] and result["simulated"] and "SIMULATED" in err and "date" not in result
+    one, many = result["decode"]
+    assert 3 < one["ms"] < many["ms"] < 12 and result["completed"] == 8
+
+
 def test_mistakes_end_with_a_sentence(capsys):
     assert cli.main(["throughput", "--device", "cpu", "--model", "/no/such/folder"]) == 2
     assert cli.main(["--dtype", "fp4"]) == 2

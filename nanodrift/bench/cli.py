@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from statistics import fmean, median
+from types import SimpleNamespace
 
 import torch
 from rich.console import Console
@@ -32,22 +33,36 @@ from rich.table import Table
 from nanodrift.bench import first_look, load_cli, machine, offline, tables
 from nanodrift.bench.options import about_options, add_engine_options
 from nanodrift.bench.roofline import Ceilings, Load, decode_load, prefill_load
-from nanodrift.config import ConfigError, EngineConfig
+from nanodrift.bench.targets import SimTarget
+from nanodrift.config import SLO, ConfigError, EngineConfig
 from nanodrift.metrics import percentile
 from nanodrift.startup import LoadedEngine, load_engine, resolve_device
 
 PLAN = {  # what is measured when no flag says otherwise; lengths that do not fit the model's window are left out
     "cuda": {
-        "num_prompts": 512, "input_len": 1024, "output_len": 128,
-        "prefill": ["512", "2048", "8000", "4x2048"], "batches": [1, 16, 64, 128, 256], "context": 1024,
-        "decode_steps": 128, "repeats": 7, "window_s": 1.5,
+        "num_prompts": 512,
+        "input_len": 1024,
+        "output_len": 128,
+        "prefill": ["512", "2048", "8000", "4x2048"],
+        "batches": [1, 16, 64, 128, 256],
+        "context": 1024,
+        "decode_steps": 128,
+        "repeats": 7,
+        "window_s": 1.5,
     },
     "cpu": {
-        "num_prompts": 16, "input_len": 128, "output_len": 64,
-        "prefill": ["128", "512", "4x128"], "batches": [1, 4, 16], "context": 256,
-        "decode_steps": 32, "repeats": 5, "window_s": 0.0,
+        "num_prompts": 16,
+        "input_len": 128,
+        "output_len": 64,
+        "prefill": ["128", "512", "4x128"],
+        "batches": [1, 4, 16],
+        "context": 256,
+        "decode_steps": 32,
+        "repeats": 5,
+        "window_s": 0.0,
     },
-}  # fmt: skip
+}
+PLAN["sim"] = PLAN["cuda"] | {"repeats": 1, "window_s": 0.0}  # nothing varies  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if mode in load_cli.MODES:
             return load_cli.main(mode, options, console)
-        if mode == "smoke" and "no_sweep" not in options:
+        if mode == "smoke" and "no_sweep" not in options and options.get("device") != "sim":
             result = first_look.main(options, console)
         else:
             result = measure(mode, options, console)
@@ -107,18 +122,22 @@ def measure(mode: str, options: dict, console: Console, then: Callable[[LoadedEn
     What ``then`` makes of the engine before it is closed joins the result.
     """
     names = {field.name for field in fields(EngineConfig)}
-    given = {k: v for k, v in options.items() if k in names}
+    is_simulated = options.get("device") == "sim"
+    given = {k: v for k, v in options.items() if k in names and not (is_simulated and k == "device")}
     config = EngineConfig.from_options(**({"prefix_caching": False} | given))  # every token asked for is computed
-    device = resolve_device(config.device)
+    device = SIM_DEVICE if is_simulated else resolve_device(config.device)
     with Display(console) as display:
-        loaded, ceilings, ceiling_figures = load(options.get("model"), config, device, display)
+        if is_simulated:
+            loaded, ceilings, ceiling_figures = simulated(options)
+        else:
+            loaded, ceilings, ceiling_figures = load(options.get("model"), config, device, display)
         plan = PLAN[device.type] | {k: v for k, v in options.items() if k in PLAN[device.type]}
         plan = fit(plan, loaded.max_model_len, config.max_num_seqs, given=options)
         result = {
-            **machine.describe(device),
+            **(loaded.about if is_simulated else machine.describe(device)),
             "benchmark": mode,
             "label": options.get("label"),
-            "model_id": options.get("model", "embedded"),
+            "model_id": loaded.about["model_id"] if is_simulated else options.get("model", "embedded"),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "max_model_len": loaded.max_model_len,
             "num_kv_tokens": loaded.num_kv_tokens,
@@ -181,6 +200,22 @@ def load(model: str | None, config: EngineConfig, device, display: Display) -> t
     offline.throughput(loaded.engine, num_prompts=2, input_len=32, output_len=4, seed=config.seed + 1)
     measured = measured or machine.measure_ceilings(device, dtype)
     return loaded, *measured
+
+
+SIM_DEVICE, SIM_DTYPE = SimpleNamespace(type="sim"), torch.bfloat16
+
+
+def simulated(options: dict) -> tuple[SimpleNamespace, Ceilings, dict]:
+    """The simulated engine with what the modes ask of a loaded one, and the peaks of its profile."""
+    target = SimTarget({k: v for k, v in options.items() if k != "max_prefill_tokens"} | {"prefix_caching": False})
+    engine = target.engine_for(target.default_policy, SLO())
+    profile, num_sms = target.machine.cost.profile, target.machine.cost.profile.num_sms
+    peaks = Ceilings(profile.weight_bytes_per_s.at(num_sms), profile.flops_per_s.at(num_sms))
+    loaded = SimpleNamespace(
+        engine=engine, about=target.about, model_config=target.machine.model_config, dtype=SIM_DTYPE,
+        max_model_len=target.max_model_len, num_kv_tokens=target.about["num_kv_tokens"], phases_s={},
+    )  # fmt: skip
+    return loaded, peaks, {"read_gb_per_s": peaks.bytes_per_s / 1e9, "matmul_tflops": peaks.flops_per_s / 1e12}
 
 
 def fit(plan: dict, max_model_len: int, max_num_seqs: int, given: dict) -> dict:
@@ -259,7 +294,8 @@ def beside_roofline(ms: float, load: Load, ceilings: Ceilings) -> dict:
 def show(result: dict, console: Console) -> None:
     """The tables for people."""
     where = result["gpu"] or result["cpu"]
-    console.print(f"\n[bold]{result['model_id']}[/] on {where}, torch {result['torch']}", highlight=False)
+    torch_version = f", torch {result['torch']}" if "torch" in result else ""
+    console.print(f"\n[bold]{result['model_id']}[/] on {where}{torch_version}", highlight=False)
     if "output_throughput" in result:
         console.print(
             f"throughput: {result['num_prompts']} requests of {result['input_len']} tokens in, {result['output_len']} "
