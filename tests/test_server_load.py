@@ -58,6 +58,7 @@ def test_a_full_queue_says_so_and_when_to_come_back():
                 error = error_of(refused, 429)
                 assert error["code"] == "queue_full" and int(refused.headers["retry-after"]) >= 1
             assert http.get("/health").status_code == 200  # busy is not ill
+            assert small.gauge("requests_refused_total") == small.gauge("slo_violations_total") == 4
             for one in waiting:
                 with pytest.raises(httpx.ReadTimeout):
                     one.result()

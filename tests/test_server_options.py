@@ -179,6 +179,7 @@ def test_who_would_be_late_is_told_at_the_door(is_enforced):
                 error = error_of(late, 429)
                 assert error["code"] == "slo_unmeetable" and "200 ms that are promised" in error["message"]
                 assert 1 <= int(late.headers["retry-after"]) <= 30
+                assert server.gauge("requests_refused_total") == 1 <= server.gauge("slo_violations_total")
             else:
                 assert late.status_code == 200
             assert complete(http, prompt=[7] * 100, max_tokens=1, slo={"ttft_ms": 60_000}).status_code == 200

@@ -2,11 +2,11 @@
 
     serve run nanodrift.server.cluster:build num_replicas=8 model=llama-3.1-8b max_queue=500
 
-``num_replicas`` (default: a replica for each GPU of the cluster) aside, the arguments are serve.py's options. Ray
-starts the replicas, watches them, replaces a dead one and carries the streams; each replica is a whole server of this
-package without its socket, so that requests, errors, keys and limits are those of serve.py. ``Front`` decides one
-thing: a conversation goes to the replica that has served its beginning, whose cache holds it, by Ray's consistent
-hashing; when that replica is full or gone, to the next one.
+``num_replicas`` (default: a replica for each GPU of the cluster) aside, the arguments are serve.py's options about the
+engine, its promises, names and keys. Ray starts replicas, watches them, replaces a dead one and carries the streams;
+each replica is a whole server of this package without its socket, so that requests, errors, keys and limits are those
+of serve.py. ``Front`` decides one thing: a conversation goes to the replica that has served its beginning, whose cache
+holds it, by Ray's consistent hashing; when that replica is full or gone, to the next one.
 
 /metrics and /load speak of the one replica that ``X-Replica`` names. Ray's own ports have no key and run what they are
 sent: keep them on a network of your own (.github/SECURITY.md).

@@ -67,12 +67,14 @@ class Served:
         try:
             self.client.check_room(body.n or 1)
         except QueueFull as error:  # before its prompt costs anything
+            self.telemetry.on_refused("queue")
             raise queue_full(error) from error
 
     def check_promise(self, num_prompt_tokens: int, slo: SLO) -> None:
         """Raises ApiError if the first token would come later than promised, where that is a reason to refuse."""
         late_s = self.client.admission.predicted_ttft_s(num_prompt_tokens) - slo.ttft_ms / 1e3
         if self.is_slo_enforced and late_s > 0:
+            self.telemetry.on_refused("slo")
             raise ApiError(
                 429,
                 f"the first token would come {late_s:.1f} seconds later than the {slo.ttft_ms:g} ms that are promised: "

@@ -80,6 +80,8 @@ class Telemetry:
         self._finished = {reason: success.labels(model_name, reason) for reason in ("stop", "length", "abort")}
         self._first = make(Histogram, "time_to_first_token_seconds", "Arrival to first token.", buckets=FIRST_TOKEN_S)
         self._gap = make(Histogram, "inter_token_latency_seconds", "Between tokens, every gap.", buckets=GAP_S)
+        refused = make(Counter, "requests_refused", "Requests that got a 429, each also a missed TTFT.", ("reason",))
+        self._refused = {reason: refused.labels(model_name, reason) for reason in ("queue", "slo")}
         violations = make(Counter, "slo_violations", "Finished requests that missed their promise.", ("kind",))
         self._missed = {kind: violations.labels(model_name, kind) for kind in ("ttft", "tbt")}
         mean_text = "(Last token - first) / (tokens - 1), a value a request."
@@ -131,6 +133,11 @@ class Telemetry:
         if times.is_completed:
             self._missed["ttft"].inc(not times.meets_ttft)
             self._missed["tbt"].inc(not times.meets_tbt())
+
+    def on_refused(self, reason: str) -> None:
+        """A request that was not let in has missed its promise."""
+        self._refused[reason].inc()
+        self._missed["ttft"].inc()
 
     def on_disconnect(self) -> None:
         self._disconnects.inc()
