@@ -38,7 +38,8 @@ def load(folder: Path) -> dict[tuple, dict[str, torch.Tensor]]:
             return torch.tensor([missing if value is None else float(value) for value in values])
 
         ttft, gap, done = column("ttft_ms", math.inf), column("p99_gap_ms", 0.0), column("completed", 0.0)
-        good = column("good", 0.0)
+        in_time = (ttft <= entry["slo"]["ttft_ms"]) & (gap <= entry["slo"]["tbt_ms"])
+        good = column("good", 0.0) if "good" in entry else in_time.float() * done
         gap[done == 0] = math.inf
         key = (entry["rate"], entry["slo"]["tbt_ms"], entry["policy"])
         found.setdefault(key, {})[entry["seed"]] = {"good": good, "ttft": ttft, "gap": gap}
