@@ -200,6 +200,9 @@ def test_the_bar_follows_how_the_device_is_shared(browser, tmp_path):
                 and seen[-1][0] * seen[-1][2]
             ):
                 browser.screenshot(folder / "page-split-phone.png")
+                browser.size(1100, 800, False)
+                browser.screenshot(folder / "page-split-desk.png")
+                browser.size(390, 780, True)
             time.sleep(0.5)
         assert all(sum(one) <= 100.5 for one in seen)
         assert max(one[0] for one in seen) > 60  # exclusive: it decoded alone
