@@ -61,7 +61,7 @@ def _figure(pyplot, op: str, rows: list[dict], result: dict):
         axis.plot(sms, rates([row["us"] for row in mine]), color=OURS, lw=1.5, marker="o", ms=3.5, label="nanodrift")
         axis.set_title(name, fontsize=8, loc="left")
         axis.set_ylim(0)
-        axis.set_xlim(0, max(sms) * 1.04)
+        axis.set_xlim(max(0, min(sms) - 16), max(sms) + 4)
         axis.set_ylabel(unit, fontsize=7)
         axis.set_xticks([n for n in sms if n not in (36, 96, 116)])
     for axis in list(axes.flat)[len(names) :]:
