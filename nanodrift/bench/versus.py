@@ -73,7 +73,7 @@ def compare(ours: dict, theirs: dict, seed: int = 0) -> dict[str, tuple[float, f
     result = {}
     for name, key, is_ratio, measure in FIGURES:
         a, b = measure(ours[key][drawn]), measure(theirs[key][drawn])
-        values = a / b if is_ratio else a - b
+        values = torch.where(torch.isfinite(a) & torch.isfinite(b), a / b, math.nan) if is_ratio else a - b
         known = values[torch.isfinite(values)]
         if not torch.isfinite(values[0]) or len(known) < 0.95 * len(values):
             result[name] = None
