@@ -9,8 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from nanodrift.bench import kernel_cases, kernel_plots, kernels
+from nanodrift.bench import kernel_cases, kernel_plots, kernel_tuning, kernels
 from nanodrift.bench.kernel_cases import Dims, Maker
+from nanodrift.kernels import gemm, gemm_skinny
 
 TINY = Dims(hidden=256, intermediate=96, heads=4, kv_heads=2, head_dim=64, vocab=160, has_qk_norm=True)
 
@@ -96,3 +97,12 @@ def test_rows_become_lines_a_table_and_figures(tmp_path):
     written = kernel_plots.draw(json.loads(json.dumps(result)), tmp_path / "kernels", Console())
     assert [path.name for path in written] == ["kernels-gemm.png", "kernels-gemm.svg"]
     assert all(path.stat().st_size > 1000 for path in written)
+
+
+def test_tuning_tries_every_tile_that_holds_the_rows():
+    for M in (1, 64, 128):
+        tiles = {option["tile"] for option in kernel_tuning.skinny_options("qkv", M)}
+        assert set(gemm_skinny.TILES) & tiles == {t for t in gemm_skinny.TILES if t.block_m == max(16, M)}
+        assert all(isinstance(o["tile"], gemm.Tile) or o["tile"].block_m >= M for o in kernel_tuning.swiglu_options(M))
+    assert {option["splits"] for option in kernel_tuning.skinny_options("head", 1)} == {1}  # logits are whole
+    assert set(gemm.TILES) <= {option["tile"] for option in kernel_tuning.gemm_options("o", 512)}
