@@ -20,14 +20,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from nanodrift.cost import Cell, CostModel, Guard
+from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
 from nanodrift.decision import Decision, Load, Mode, Policy  # noqa: F401
 from nanodrift.plan import FUSED_TOKENS, MAX_FUSED_SLICES, Lane, Partition
 
 MIN_PREFILL_SHARE = 0.1  # of the time, when no mode can keep the TBT
 LONE_PIECE_S = 5e-3  # of prefill while nothing decodes: what a first decode step may have to wait for, twice
 HYSTERESIS = 0.05  # a new choice must be better by this
-MERGE_STEPS = 1.5  # split: the gap after a first token is at most so many steps (Scheduler._must_hold says why)
+MERGE_STEPS = 1.5  # split: the gap after a first token is at most so many steps (Flight.step_from_s says why)
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,12 @@ class Dispatcher:
         """
         chunk, merged = load.chunk(self.max_prefill_tokens)
         sms, num_layers = self.whole_chip.prefill_sms, self.cost.num_layers
-        decode_s = self.cost.decode_s(merged, sms)
-        body_s = self.cost.prefill_s(replace(chunk, num_sampled=0), sms)
-        head_s = self.cost.prefill_s(chunk, sms) - body_s if chunk.num_sampled else 0.0  # behind the last layer
+        slowest = self.guard.factor(Lane.PREFILL, Cell.of(chunk, DecodeLoad(), sms)).worst
+        decode_s = self._alone_s(merged)
+        body_s = self.cost.prefill_s(replace(chunk, num_sampled=0), sms) * slowest
+        head_s = (
+            self.cost.prefill_s(chunk, sms) * slowest - body_s if chunk.num_sampled else 0.0
+        )  # behind the last layer
         layer_s, room_s = body_s / num_layers, load.tbt_s - decode_s - head_s
         if is_forced:
             room_s = max(layer_s, decode_s * MIN_PREFILL_SHARE / (1 - MIN_PREFILL_SHARE))
@@ -173,20 +176,26 @@ class Dispatcher:
         turns = math.ceil(num_layers / math.floor(room_s / layer_s))
         layers = math.ceil(num_layers / turns)  # even pieces
         gap_s = decode_s + layer_s * layers + head_s
-        rate = chunk.num_tokens / (body_s + head_s + turns * decode_s)
+        rate = chunk.num_tokens / ((body_s + head_s) / slowest + turns * decode_s)
         decision = (Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, gap_s, rate)
         return Decision(*decision, is_forced, decode_s)
 
     def _alone(self, load: Load) -> Decision:
         """One lane has nothing to do: the other gets the chip. Prefill goes in short pieces, for a decode may begin."""
         chunk, _ = load.chunk(self.max_prefill_tokens)
-        decode_s = self.cost.decode_s(load.decode, self.whole_chip.decode_sms) if load.decode.batch else 0.0
+        decode_s = self._alone_s(load.decode)
         layers, rate = self.cost.num_layers, 0.0
         if chunk.num_tokens:
             prefill_s = self.cost.prefill_s(chunk, self.whole_chip.prefill_sms)
             layers, rate = self._layers(LONE_PIECE_S, prefill_s), chunk.num_tokens / prefill_s
         decision = (Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, decode_s, rate)
         return Decision(*decision, decode_s > load.tbt_s, decode_s)
+
+    def _alone_s(self, decode: DecodeLoad) -> float:
+        """Guarded prediction of a decode step that has the whole chip."""
+        sms = self.whole_chip.decode_sms
+        worst = self.guard.factor(Lane.DECODE, Cell.of(PrefillLoad(), decode, sms)).worst
+        return self.cost.decode_s(decode, sms) * worst if decode.batch else 0.0
 
     def _layers(self, decode_s: float, prefill_s: float) -> int:
         """N_layers = ceil(T_decode x layers / T_prefill): a piece lasts about one decode step, launch time included."""
