@@ -62,13 +62,17 @@ def draw_scale(pyplot, rows: list[dict], results: list[dict]):
 
 
 def pareto_rows(results: list[dict], labels: list[str]) -> list[dict]:
+    """A line a policy, whatever it was promised; a run that was judged by several promises counts once."""
     rows = []
+    labels = [result["label"] for result in results]
     for label, result in zip(labels, results, strict=True):
         if result.get("p99_tbt_ms") is None or "output_throughput" not in result:
             raise ValueError(f"{label} has no throughput or no P99 TBT")
         keys = ("request_rate", "output_throughput", "total_token_throughput", "p99_tbt_ms", "slo_attainment")
-        rows.append({"label": label, **{key: result.get(key) for key in keys}})
-    return sorted(rows, key=lambda row: (labels.index(row["label"]), row["output_throughput"]))
+        row = {"label": label, **{key: result.get(key) for key in keys}}
+        if not any(row["label"] == r["label"] and row["p99_tbt_ms"] == r["p99_tbt_ms"] for r in rows):
+            rows.append(row)
+    return sorted(rows, key=lambda row: (labels.index(row["label"]), row["p99_tbt_ms"]))
 
 
 def draw_pareto(pyplot, rows: list[dict], results: list[dict]):
