@@ -54,7 +54,7 @@ class EngineConfig:
     policy: str = "auto"  # POLICIES; auto is mux where the device can be divided, else turns
     modes: str = "split,fused,exclusive"  # what mux may choose from
     chunk_tokens: int = 512  # of every step under policy chunked: decoding rows and prompt tokens together
-    decode_sms: int = 32  # of the decode half under policies static and overlap
+    decode_sms: int = 0  # of the decode half under policies static and overlap; 0 = the best by the cost profile
     profile: str | None = (
         None  # measured costs, a file of `bench.py calibrate`; None = the one shipped for GPU and model
     )
@@ -62,7 +62,7 @@ class EngineConfig:
     slo: SLO = SLO()
 
     def __post_init__(self):
-        for name in ("max_num_seqs", "max_prefill_tokens", "chunk_tokens", "decode_sms"):
+        for name in ("max_num_seqs", "max_prefill_tokens", "chunk_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0.05 <= self.memory_fraction <= 0.99:

@@ -102,7 +102,8 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
             decoder,
             memory_fraction=config.memory_fraction,
             num_blocks=config.num_kv_blocks,
-            decode_sms=() if config.policy in UNDIVIDED_POLICIES else tuple({*DECODE_SMS, config.decode_sms}),
+            decode_sms=() if config.policy in UNDIVIDED_POLICIES else tuple({*DECODE_SMS, config.decode_sms} - {0}),
+            green_contexts=config.policy != "overlap",
             report=report,
             **common,
         )
