@@ -20,11 +20,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
-from nanodrift.dispatch import Decision, Dispatcher, Load, Mode, Policy, Turns
+from nanodrift.decision import Decision, Load, Mode, Policy
+from nanodrift.dispatch import Dispatcher
 from nanodrift.plan import MAX_FUSED_TOKENS, Lane, Partition
 
 NAMES = ("mux", "turns", "prefill-first", "chunked", "chunked-auto", "static", "overlap")
 TYPICAL = PrefillLoad.of_chunk(2048, 0), DecodeLoad(64, 64 * 1024)  # what the best split is best for
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Prompts and tokens take turns on the whole chip, in chunks of fixed size: needs to know no costs."""
+
+    whole_chip: Partition
+    token_chunk: int
+    layers: int
+
+    def choose(self, load: Load, current: Decision | None = None) -> Decision:
+        return Decision(Mode.EXCLUSIVE, self.whole_chip, self.token_chunk, self.layers)
 
 
 @dataclass(frozen=True)

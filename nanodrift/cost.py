@@ -24,9 +24,10 @@ import json
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from nanodrift.config import ConfigError, ModelConfig
 from nanodrift.plan import Completion, DecodeWork, FusedWork, Lane, PrefillSlice, PrefillWork, Work
@@ -141,8 +142,7 @@ def prior_for(device_name: str, num_sms: int, bandwidth_bytes_per_s: float, flop
     )
 
 
-@dataclass(frozen=True)
-class PrefillLoad:
+class PrefillLoad(NamedTuple):
     """What of a token chunk decides its time."""
 
     num_tokens: int = 0
@@ -174,8 +174,7 @@ class PrefillLoad:
         return cls.of_parts(((num_tokens, start),))
 
 
-@dataclass(frozen=True)
-class DecodeLoad:
+class DecodeLoad(NamedTuple):
     """What of a decode step decides its time."""
 
     batch: int = 0
@@ -251,7 +250,7 @@ class CostModel:
             load = PrefillLoad.of(work.slices)
             share = (work.last_layer - work.first_layer) / self.num_layers
             head_s = self._head_share * self.products_s(load.num_sampled, prefill_sms) if work.is_last else 0.0
-            layers_s = self.prefill_s(replace(load, num_sampled=0), prefill_sms) * share
+            layers_s = self.prefill_s(load._replace(num_sampled=0), prefill_sms) * share
             return layers_s + self.scale(PrefillWork, prefill_sms) * head_s
         if isinstance(work, FusedWork):
             prefill, decode = PrefillLoad.of(work.prefill.slices), DecodeLoad.of(work.decode)
@@ -307,8 +306,7 @@ class CostModel:
         return (load.context_tokens + self.profile.kv_start_tokens * load.batch) * self._at(num_sms).kv_s
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A coarse region of states that shares its factors. A lane that ran alone has the other's fields at 0."""
 
     decode_sms: int

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
 from nanodrift.decision import Decision, Load, Mode, Policy  # noqa: F401
@@ -28,18 +27,6 @@ MIN_PREFILL_SHARE = 0.1  # of the time, when no mode can keep the TBT
 LONE_PIECE_S = 5e-3  # of prefill while nothing decodes: what a first decode step may have to wait for, twice
 HYSTERESIS = 0.05  # a new choice must be better by this
 MERGE_STEPS = 1.5  # split: the gap after a first token is at most so many steps (Flight.step_from_s says why)
-
-
-@dataclass(frozen=True)
-class Turns:
-    """Prompts and tokens take turns on the whole chip, in chunks of fixed size: needs to know no costs."""
-
-    whole_chip: Partition
-    token_chunk: int
-    layers: int
-
-    def choose(self, load: Load, current: Decision | None = None) -> Decision:
-        return Decision(Mode.EXCLUSIVE, self.whole_chip, self.token_chunk, self.layers)
 
 
 class Dispatcher:
@@ -112,7 +99,7 @@ class Dispatcher:
     def fused_at(self, load: Load, partition: Partition, size: int) -> Decision:
         """One pass for both, padded to ``size`` tokens, its attentions on this partition, whatever the TBT says."""
         chunk, _ = load.chunk(min(size - load.decode.batch, self.max_prefill_tokens), MAX_FUSED_SLICES)
-        padded = replace(chunk, num_tokens=size - load.decode.batch)
+        padded = chunk._replace(num_tokens=size - load.decode.batch)
         solo_s = self.cost.fused_s(padded, load.decode, partition.prefill_sms, partition.decode_sms)
         cell = Cell.of(chunk, load.decode, partition.decode_sms, is_fused=True)
         step_s = solo_s * self.guard.factor(Lane.DECODE, cell).worst
@@ -126,7 +113,9 @@ class Dispatcher:
             size = next(
                 size for size in FUSED_TOKENS if size > load.decode.batch + (best.token_chunk - 1 if best else 0)
             )
-            beside = min((self.fused_at(load, p, size) for p in self.splits), key=lambda option: option.step_s)
+            chunk, _ = load.chunk(size - load.decode.batch, MAX_FUSED_SLICES)
+            solo_s = {p: self.cost.fused_s(chunk, load.decode, p.prefill_sms, p.decode_sms) for p in self.splits}
+            beside = self.fused_at(load, min(solo_s, key=solo_s.get), size)
             if best is None or beside.step_s < best.step_s:
                 beside = self._largest_fused(load, beside.partition, beside.token_chunk)
                 best = max(best, beside, key=lambda o: o.prompt_tokens_per_s if o else 0.0)
@@ -164,7 +153,7 @@ class Dispatcher:
         sms, num_layers = self.whole_chip.prefill_sms, self.cost.num_layers
         slowest = self.guard.factor(Lane.PREFILL, Cell.of(chunk, DecodeLoad(), sms)).worst
         decode_s = self._alone_s(merged)
-        body_s = self.cost.prefill_s(replace(chunk, num_sampled=0), sms) * slowest
+        body_s = self.cost.prefill_s(chunk._replace(num_sampled=0), sms) * slowest
         head_s = (
             self.cost.prefill_s(chunk, sms) * slowest - body_s if chunk.num_sampled else 0.0
         )  # behind the last layer

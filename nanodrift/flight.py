@@ -14,6 +14,8 @@ from nanodrift.plan import Lane, NewBlocks, Partition, PrefillSlice, PrefillWork
 
 LAUNCH_AHEAD = 0.25  # of a step: how long before the end of one the next is launched, where prompts may end beside them
 
+PACE_MEMORY = 0.95  # what a prefill piece or fused step leaves of those before it
+
 
 @dataclass
 class Chunk:
@@ -29,12 +31,15 @@ class Chunk:
 class Flight:
     """Tickets that were launched and are not done, in launch order."""
 
-    def __init__(self):
+    def __init__(self, num_layers: int):
+        self.num_layers = num_layers
         self.has_stepped = True  # a decode step was launched after the newest prefill piece
         self._step_s = 0.0  # when the last decode step ended
         self._end_s: dict[Lane, dict[int, float]] = {lane: {} for lane in Lane}  # predicted, by ticket number
         self.planned_s = math.inf  # when a last piece that was told to wait will end
         self._pieces: dict[int, Ticket] = {}  # of prefill, fused steps not counted
+        self._prefill_s = 0.0  # when the last prefill ended
+        self._pace = 0.0, 0.0  # seconds and prompt tokens of late
 
     def launch(self, ticket: Ticket, predicted_s: float) -> None:
         for lane in ticket.work.lanes:
@@ -52,6 +57,13 @@ class Flight:
                 ends[number] += late_s
         if self._pieces.pop(ticket.number, None) is None:
             self._step_s = now_s
+        if Lane.PREFILL in ticket.work.lanes:
+            work = ticket.work.parts[0]
+            num_tokens = work.num_tokens * (work.last_layer - work.first_layer) / self.num_layers
+            seconds, tokens = self._pace
+            seconds += now_s - max(ticket.launched_s, self._prefill_s)
+            self._pace = seconds * PACE_MEMORY, (tokens + num_tokens) * PACE_MEMORY
+            self._prefill_s = now_s
 
     def __len__(self) -> int:
         return sum(len(ends) for ends in self._end_s.values())
@@ -62,6 +74,12 @@ class Flight:
     @property
     def num_pieces(self) -> int:
         return len(self._pieces)
+
+    @property
+    def token_s(self) -> float:
+        """Seconds that prefill has taken per prompt token of late, its turns waited for; 0.0 before the first."""
+        seconds, num_tokens = self._pace
+        return seconds / num_tokens if num_tokens else 0.0
 
     @property
     def step_end_s(self) -> float:

@@ -25,6 +25,8 @@ class Lane(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
 
+    __hash__ = object.__hash__  # dictionaries of lanes are looked up dozens of times a step
+
 
 @dataclass(frozen=True)
 class Partition:

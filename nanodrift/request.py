@@ -10,7 +10,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from nanodrift.config import BLOCK_SIZE, SLO
-from nanodrift.plan import Logprobs, RowParams
+from nanodrift.plan import Logprobs, PrefillSlice, RowParams
 
 MAX_STOP_TOKEN_IDS = 16  # ids that min_tokens can hold back on the device
 MAX_STOP_STRINGS = 16
@@ -128,8 +128,6 @@ class Request:
     row_params: RowParams = field(default_factory=RowParams)  # what the device's sampler needs of params
     is_special: bool = False  # its steps do more than take the likeliest or a drawn token
     most_tokens: int = 0  # prompt and output together
-    start_by_s: float = 0.0  # when its prefill must begin so that the TTFT is kept
-    turn: tuple[float, float] = (0.0, 0.0)  # its place in the queue: priority, start_by_s
     state: RequestState = RequestState.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(init=False)  # prompt and output
@@ -202,6 +200,25 @@ class Request:
     def num_new_tokens(self) -> int:
         """Of a matched, waiting request: the tokens that its prefill computes, at least one."""
         return max(1, self.num_tokens - len(self.nodes) * BLOCK_SIZE)
+
+    def take_slice(self, room: int, slices: list[PrefillSlice]) -> int:
+        """Appends its next slice of at most ``room`` tokens, counted as computed from now on; returns its length."""
+        start = self.num_computed_tokens
+        end = min(start + room, self.num_tokens)
+        if end == start:
+            return 0
+        params = self.row_params if end == self.num_tokens else None
+        writes_kv = end > self.num_written_tokens  # else all is cached, and its last token runs for the next one
+        token_ids = tuple(self.token_ids[start:end])
+        output_start = len(self.prompt_token_ids) if self.row_params.has_penalty else None
+        wants_prompt = self.params.prompt_logprobs is not None and not self.output_token_ids
+        next_ids = tuple(self.token_ids[start + 1 : end + 1]) if wants_prompt else ()
+        slices.append(
+            PrefillSlice(self.request_id, self.row, start, token_ids, params, writes_kv, output_start, next_ids)
+        )
+        self.num_computed_tokens = end
+        self.num_slices += 1
+        return end - start
 
     @property
     def due_s(self) -> float:

@@ -45,7 +45,7 @@ from nanodrift.plan import (
     Work,
 )
 from nanodrift.request import Request, RequestState, TokenEvent
-from nanodrift.waiting import Waiting, overtake
+from nanodrift.waiting import Waiting, may_overtake
 
 HEADROOM = 0.01  # of the TBT, for what no prediction knows: the host's part, and rounding
 FLAGS = ("has_filter", "has_penalty", "has_logprobs")  # of RowParams, and of a step that has such a row
@@ -81,7 +81,7 @@ class Scheduler:
         self._open: list[Chunk] = []  # whose layers are being launched: the last one now, one before it later
         self._newest: tuple[PrefillSlice, ...] = ()  # of the chunk that was begun last
         self._num_batches = self._num_added = 0
-        self._flight = Flight()
+        self._flight = Flight(num_layers)
         self._decode, self._tbt_s = DecodeLoad(), math.inf  # of the newest decode step
         self._decided: tuple = ()  # what the decision in force was made for
         self._token_s = 0.0  # prefill seconds per prompt token, as last predicted; 0: unknown
@@ -106,7 +106,7 @@ class Scheduler:
         request.set_row_params()
         self.requests[request.request_id] = request
         self.pool.match(request)
-        self.waiting.add(request, request.num_new_tokens * self._token_s)
+        self.waiting.add(request)
 
     def finish(self, request_id: str, reason: str, stop_reason: int | str | None = None) -> bool:
         """Ends a request now; False if there is none to end. Its blocks return when no work in flight touches them."""
@@ -215,6 +215,10 @@ class Scheduler:
 
     def _prompts(self, now_s: float) -> tuple[tuple[int, int], ...]:
         """Tokens left and start of the prompts that are next, those of a chunk under way first; enough for a chunk."""
+        overtaker = self._overtaker(now_s) if len(self._open) < MAX_OPEN_CHUNKS else None
+        first = [(overtaker.num_new_tokens, overtaker.num_tokens - overtaker.num_new_tokens)] if overtaker else []
+        if first and self._open:  # it gets a chunk of its own
+            return tuple(first)
         pending = [r for r in self.prefilling if r.num_computed_tokens < r.num_tokens]
         slices = self._open[-1].slices if self._open else ()
         if self._flight.is_beside and not (slices or pending or self.waiting):
@@ -222,15 +226,22 @@ class Scheduler:
         starts = {s.request_id: s.start for s in slices if s.request_id in self.requests}
         for request in pending:
             starts.setdefault(request.request_id, request.num_computed_tokens)
-        prompts = [(self.requests[request_id].num_tokens - start, start) for request_id, start in starts.items()]
+        prompts = first + [
+            (self.requests[request_id].num_tokens - start, start) for request_id, start in starts.items()
+        ]
         room = self.max_prefill_tokens - sum(n for n, _ in prompts)
-        for request in self.waiting.in_turn(now_s) if room > 0 else ():
+        for request in self.waiting.in_turn(now_s, self._pace_s) if room > 0 else ():
             if room <= 0 or not self._fits(request):
                 break
             num_tokens = request.num_new_tokens
             prompts.append((num_tokens, request.num_tokens - num_tokens))
             room -= num_tokens
         return tuple(prompts)
+
+    @property
+    def _pace_s(self) -> float:
+        """Prefill seconds per prompt token: as measured of late, before that as predicted; 0.0 if unknown."""
+        return self._flight.token_s or self._token_s
 
     def _predicted_s(self, work: Work) -> float:
         """Seconds by the decision in force: the guarded step, the mean of a prefill piece."""
@@ -313,7 +324,7 @@ class Scheduler:
         victim.state = RequestState.WAITING
         victim.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.add(victim, 0.0)
+        self.waiting.add(victim)
         self._is_tight = True
 
     # ---- prefill lane ------------------------------------------------------------------------------------------
@@ -355,14 +366,17 @@ class Scheduler:
         room = self.max_prefill_tokens if self._open else min(most_tokens, self.max_prefill_tokens)
         most_slices = most_slices or len(self._free_rows) + len(self.prefilling)
         if overtaker := self._overtaker(now_s):
+            overtaker.has_overtaken = True
+            for victim in self.prefilling:
+                victim.num_overtaken += 1
             new_blocks.append(self._admit(overtaker, now_s))
             self.prefilling.insert(0, self.prefilling.pop())
         elif self._open:
             return None
         for request in self.prefilling[: 1 if self._open else most_slices]:
-            room -= self._take_slice(request, room, slices)
+            room -= request.take_slice(room, slices)
         num_passed, num_kept_blocks = 0, 0  # requests that wait for a prefix; what those behind must leave to them
-        for request in () if self._open else self.waiting.in_turn(now_s):
+        for request in () if self._open else self.waiting.in_turn(now_s, self._pace_s):
             has_room = room > 0 and len(slices) < most_slices and len(self._free_rows) > num_passed
             if not has_room or not self._fits(request, num_kept_blocks):
                 break
@@ -372,7 +386,7 @@ class Scheduler:
                 num_kept_blocks += self.pool.num_missing_blocks(request) + 1
             else:
                 new_blocks.append(self._admit(request, now_s))
-                room -= self._take_slice(request, room, slices)
+                room -= request.take_slice(room, slices)
         if not slices:
             return None
         self._num_batches += 1
@@ -394,7 +408,7 @@ class Scheduler:
 
     def _overtaker(self, now_s: float) -> Request | None:
         """The next in the queue, if it may go before the prompts under way, or before the rest of an open chunk."""
-        request = next(self.waiting.in_turn(now_s), None) if self.prefilling and self._token_s else None
+        request = next(self.waiting.in_turn(now_s, self._pace_s), None) if self.prefilling else None
         if request is None:
             return None
         if self._open:  # it need wait for the rest of this chunk only, and would have to make one of its own
@@ -402,10 +416,10 @@ class Scheduler:
             num_ahead = chunk.num_tokens * (self.num_layers - chunk.next_layer) / self.num_layers
         else:
             num_ahead = sum(r.num_tokens - r.num_computed_tokens for r in self.prefilling)
-        num_own = request.num_new_tokens
-        if (self._open and num_own > self.max_prefill_tokens) or not self._fits(request):
+        if (self._open and request.num_new_tokens > self.max_prefill_tokens) or not self._fits(request):
             return None
-        return request if overtake(request, num_own, self.prefilling, num_ahead, self._token_s, now_s) else None
+        times = num_ahead, self._pace_s, now_s
+        return request if may_overtake(request, self.prefilling, *times, is_chunk_open=bool(self._open)) else None
 
     def _admit(self, request: Request, now_s: float) -> NewBlocks:
         self.waiting.take(request)
@@ -416,25 +430,6 @@ class Scheduler:
         self.prefilling.append(request)
         self._is_tight = self._is_tight and len(self.prefilling) + len(self.running) > 1
         return NewBlocks(request.row, 0, tuple(request.block_ids))
-
-    def _take_slice(self, request: Request, room: int, slices: list[PrefillSlice]) -> int:
-        """Appends the request's next slice of at most ``room`` tokens; returns its length."""
-        start = request.num_computed_tokens
-        end = min(start + room, request.num_tokens)
-        if end == start:
-            return 0
-        params = request.row_params if end == request.num_tokens else None
-        writes_kv = end > request.num_written_tokens  # else all is cached, and its last token runs for the next one
-        token_ids = tuple(request.token_ids[start:end])
-        output_start = len(request.prompt_token_ids) if request.row_params.has_penalty else None
-        wants_prompt = request.params.prompt_logprobs is not None and not request.output_token_ids
-        next_ids = tuple(request.token_ids[start + 1 : end + 1]) if wants_prompt else ()
-        slices.append(
-            PrefillSlice(request.request_id, request.row, start, token_ids, params, writes_kv, output_start, next_ids)
-        )
-        request.num_computed_tokens = end
-        request.num_slices += 1
-        return end - start
 
     # ---- tokens, blocks, rows ----------------------------------------------------------------------------------
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from nanodrift import hub
-from nanodrift.baselines import make_policy
+from nanodrift.baselines import Turns, make_policy
 from nanodrift.config import BLOCK_SIZE, ConfigError, EngineConfig, ModelConfig
 from nanodrift.cost import CostModel, Guard, Observer, Profile, find_profile, h200_prior, prior_for, read_profile
 from nanodrift.cpu import CpuExecutor
-from nanodrift.dispatch import Mode, Policy, Turns
+from nanodrift.dispatch import Mode, Policy
 from nanodrift.engine import Engine
 from nanodrift.executor import Executor
 from nanodrift.gpu import GpuExecutor

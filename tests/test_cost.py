@@ -262,7 +262,7 @@ def test_fused_steps_have_cells_of_their_own():
     Observer(cost, guard).observe(completion(fused, SPLIT, 0.0, 2 * cost.work_s(fused, 100, 32)))
     cell = Cell.of(PrefillLoad(256), DecodeLoad(16, 16_000), 32, is_fused=True)
     assert guard.factor(Lane.DECODE, cell).mean == pytest.approx(2)
-    assert guard.factor(Lane.DECODE, replace(cell, is_fused=False)).mean == guard.prior_mean
+    assert guard.factor(Lane.DECODE, cell._replace(is_fused=False)).mean == guard.prior_mean
 
 
 def test_work_that_nobody_timed_is_ignored():
@@ -320,7 +320,7 @@ def run_traffic(machine_profile, believed_profile, num_requests=60, tbt_ms=25.0)
     engine = Engine(scheduler, machine, vocab_size=LLAMA.vocab_size, slo=SLO(tbt_ms=tbt_ms))
     for i in range(num_requests):
         params = SamplingParams(max_tokens=40 + i * 7 % 60, ignore_eos=True)
-        engine.add(engine.new_request([i] * (100 + i * 131 % 3000), params, arrival_s=0.04 * i))
+        engine.add(engine.new_request([i] * (100 + i * 131 % 3000), params, arrival_s=0.05 * i))
     while engine.has_work:
         engine.step()
     return cost, guard, machine.observer

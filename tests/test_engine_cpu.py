@@ -6,9 +6,9 @@ import pytest
 import torch
 from paged_machine import check_pool
 
+from nanodrift.baselines import Turns
 from nanodrift.config import ModelConfig, RopeConfig
 from nanodrift.cpu import CpuExecutor
-from nanodrift.dispatch import Turns
 from nanodrift.engine import Engine
 from nanodrift.model import Model
 from nanodrift.plan import DecodeWork, FusedWork, NewBlocks, PrefillSlice, PrefillWork, RowParams

@@ -20,7 +20,7 @@ class Log:
     """Launches at a time and completes by number."""
 
     def __init__(self):
-        self.flight, self.tickets = Flight(), {}
+        self.flight, self.tickets = Flight(num_layers=4), {}
 
     def launch(self, number, work, partition=NARROW, at_s=0.0, takes_s=1.0):
         self.tickets[number] = Ticket(number, work, partition, at_s)

@@ -12,8 +12,8 @@ from random import Random
 import pytest
 from paged_machine import check_pool
 
+from nanodrift.baselines import Turns
 from nanodrift.config import BLOCK_SIZE
-from nanodrift.dispatch import Turns
 from nanodrift.engine import Engine
 from nanodrift.executor import VirtualClock
 from nanodrift.plan import Completion, Partition, PrefillWork, Ticket

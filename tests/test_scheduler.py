@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from paged_machine import VOCAB_SIZE, PagedMachine, check_pool, expected_output
 
-from nanodrift.baselines import Chunked, PrefillFirst
+from nanodrift.baselines import Chunked, PrefillFirst, Turns
 from nanodrift.config import BLOCK_SIZE, SLO
-from nanodrift.dispatch import Decision, Mode, Turns
+from nanodrift.dispatch import Decision, Mode
 from nanodrift.engine import Engine
 from nanodrift.kvcache import blocks_for
 from nanodrift.plan import (
@@ -437,7 +437,7 @@ def test_those_behind_do_not_take_the_place_of_one_who_waits(scarce):
     engine, machine = make_engine(max_prefill_tokens=1000, num_layers=4, prefill_layers=1, **scarce)
     num_waiters = 2 if len(scarce) == 2 else 1
     owner, *waiters = (add(engine, prompt_of(400) + prompt_of(9, i), 5) for i in range(1 + num_waiters))
-    crowd = [add(engine, prompt_of(60, 5 + i), 60) for i in range(12)]
+    crowd = [add(engine, prompt_of(60, 5 + i), 60, priority=1) for i in range(12)]
     engine.step()
     assert list(engine.scheduler.waiting) == [*waiters, *crowd]
     run(engine)
@@ -519,7 +519,7 @@ def suspended(engine):
     """A long prompt in the middle of its layers, and a short one that came and cannot wait for the rest of them."""
     long = add(engine, prompt_of(100, 1), 30, slo=SLO(ttft_ms=100e3))
     engine.step()
-    short = add(engine, prompt_of(10, 2), 30, slo=SLO(ttft_ms=3e3))
+    short = add(engine, prompt_of(10, 2), 30, slo=SLO(ttft_ms=1e3))
     while short.state is RequestState.WAITING:
         engine.step()
     return long, short
@@ -530,7 +530,7 @@ def test_a_short_prompt_goes_first_between_two_layers_of_a_long_one(partition):
     engine, machine = make_engine(policy=ByLayers(partition))
     long, short = suspended(engine)
     assert len(engine.scheduler._open) == 2 and long.num_overtaken == 1
-    late = add(engine, prompt_of(10, 3), 5, slo=SLO(ttft_ms=3e3))
+    late = add(engine, prompt_of(10, 3), 5, slo=SLO(ttft_ms=1e3))
     run(engine)
     batches = [work.batch_id for work in machine.launches if isinstance(work, PrefillWork)]
     began = batches.index(2)
@@ -573,9 +573,9 @@ def test_blocks_run_out_while_one_is_suspended(partition):
 @PLACES
 def test_nobody_is_suspended_who_would_lose_by_it(partition):
     engine, machine = make_engine(policy=ByLayers(partition))
-    long = add(engine, prompt_of(100, 1), 3, slo=SLO(ttft_ms=9e3))
+    long = add(engine, prompt_of(100, 1), 3, slo=SLO(ttft_ms=3.05e3))
     engine.step()
-    short = add(engine, prompt_of(10, 2), 3, slo=SLO(ttft_ms=3e3))
+    short = add(engine, prompt_of(10, 2), 3, slo=SLO(ttft_ms=1e3))
     run(engine)
     assert not short.has_overtaken
     batches = [work.batch_id for work in machine.launches if isinstance(work, PrefillWork)]

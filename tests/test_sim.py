@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanodrift.baselines import Turns
 from nanodrift.config import ModelConfig
 from nanodrift.cost import Cell, CostModel, Curve, DecodeLoad, Guard, PrefillLoad, find_profile, h200_prior
-from nanodrift.dispatch import Turns
 from nanodrift.engine import Engine
 from nanodrift.plan import DecodeWork, FusedWork, Lane, Partition, PrefillSlice, PrefillWork, RowParams
 from nanodrift.request import SamplingParams

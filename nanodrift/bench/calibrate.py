@@ -211,7 +211,7 @@ def factors(cost: CostModel, rows: list[dict]) -> tuple[tuple, ...]:
     found = []
     for (lane, cell), seen in sorted(cells.items(), key=str):
         mean, worst = fmean(s[0] for s in seen), max(s[1] for s in seen)
-        found.append((lane.value, *vars(cell).values(), round(mean, 4), round(worst, 4), sum(s[2] for s in seen)))
+        found.append((lane.value, *cell, round(mean, 4), round(worst, 4), sum(s[2] for s in seen)))
     return tuple(found)
 
 
@@ -228,7 +228,7 @@ def predicted_s(cost: CostModel, row: dict, lane: Lane) -> float:
     if lane is Lane.DECODE:
         return cost.decode_s(decode, row["decode_sms"])
     is_whole = row["layers"] == cost.num_layers
-    return cost.prefill_s(prefill if is_whole else replace(prefill, num_sampled=0), row["prefill_sms"])
+    return cost.prefill_s(prefill if is_whole else prefill._replace(num_sampled=0), row["prefill_sms"])
 
 
 def _by(rows: list[dict], key: str) -> dict[int, list[dict]]:
