@@ -82,19 +82,26 @@ class Dispatcher:
 
     def split_at(self, load: Load, partition: Partition) -> Decision:
         """Decode and prefill side by side on this partition, whatever it means for the TBT."""
-        chunk, merged = load.chunk(self.max_prefill_tokens)
-        cell = Cell.of(chunk, load.decode, partition.decode_sms)
-        decode_s = self.cost.decode_s(merged, partition.decode_sms) * self.guard.factor(Lane.DECODE, cell).worst
-        gap_s = decode_s * (MERGE_STEPS if chunk.num_sampled or load.is_merging else 1.0)
-        prefill_s = self.cost.prefill_s(chunk, partition.prefill_sms) * self.guard.factor(Lane.PREFILL, cell).mean
-        rate, layers = chunk.num_tokens / prefill_s, self._layers(decode_s, prefill_s)
-        is_late = gap_s > load.tbt_s
-        return Decision(Mode.SPLIT, partition, chunk.num_tokens, layers, gap_s, rate, is_late, decode_s)
+        return self._first_split(load, [partition], math.inf)
 
     def _split(self, load: Load) -> Decision | None:
         """Best fit: the smallest decode half whose guarded step meets the TBT leaves the most SMs to prefill."""
-        halves = (self.split_at(load, partition) for partition in self.splits)
-        return next((half for half in halves if not half.is_unmeetable), None)
+        return self._first_split(load, self.splits, load.tbt_s)
+
+    def _first_split(self, load: Load, partitions: Iterable[Partition], most_s: float) -> Decision | None:
+        """On the first partition whose longest gap is at most ``most_s``."""
+        chunk, merged = load.chunk(self.max_prefill_tokens)
+        num_steps = MERGE_STEPS if chunk.num_sampled or load.is_merging else 1.0
+        for partition in partitions:
+            cell = Cell.of(chunk, load.decode, partition.decode_sms)
+            decode_s = self.cost.decode_s(merged, partition.decode_sms) * self.guard.factor(Lane.DECODE, cell).worst
+            if (gap_s := decode_s * num_steps) <= most_s:
+                slowdown = self.guard.factor(Lane.PREFILL, cell).mean
+                prefill_s = self.cost.prefill_s(chunk, partition.prefill_sms) * slowdown
+                rate, layers = chunk.num_tokens / prefill_s, self._layers(decode_s, prefill_s)
+                decision = (Mode.SPLIT, partition, chunk.num_tokens, layers, gap_s, rate)
+                return Decision(*decision, gap_s > load.tbt_s, decode_s)
+        return None
 
     def fused_at(self, load: Load, partition: Partition, size: int) -> Decision:
         """One pass for both, padded to ``size`` tokens, its attentions on this partition, whatever the TBT says."""
@@ -154,9 +161,8 @@ class Dispatcher:
         slowest = self.guard.factor(Lane.PREFILL, Cell.of(chunk, DecodeLoad(), sms)).worst
         decode_s = self._alone_s(merged)
         body_s = self.cost.prefill_s(chunk._replace(num_sampled=0), sms) * slowest
-        head_s = (
-            self.cost.prefill_s(chunk, sms) * slowest - body_s if chunk.num_sampled else 0.0
-        )  # behind the last layer
+        # the head comes behind the last layer
+        head_s = self.cost.prefill_s(chunk, sms) * slowest - body_s if chunk.num_sampled else 0.0
         layer_s, room_s = body_s / num_layers, load.tbt_s - decode_s - head_s
         if is_forced:
             room_s = max(layer_s, decode_s * MIN_PREFILL_SHARE / (1 - MIN_PREFILL_SHARE))
