@@ -85,7 +85,7 @@ def policy_line(config: EngineConfig, partitions: tuple[Partition, ...], cost: C
     splits = sorted(partition.decode_sms for partition in partitions if not partition.is_shared)
     name = config.policy if config.policy != "auto" else "mux" if splits else "turns"
     if name == "turns":
-        return "first come, first served; prompts and tokens take turns on the whole device"
+        return "turns: prompts and tokens alternate on the whole device"
     known = "measured costs" if cost.profile.is_measured else "costs not measured yet (bench.py calibrate)"
     modes = f" ({config.modes})" if name == "mux" else ""
     where = f"; decode on {', '.join(map(str, splits))} or all {partitions[0].decode_sms} SMs" if splits else ""
