@@ -17,22 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nanodrift.config import EngineConfig
+from nanodrift.metrics import RequestTimes
 from nanodrift.plan import Logprobs
 from nanodrift.request import Request, SamplingParams
 from nanodrift.startup import load_engine
 from nanodrift.tokenizer import Detokenizer
 
 Prompt = str | list[int]
-
-
-@dataclass(frozen=True)
-class RequestMetrics:
-    """When things happened, in seconds on the engine's clock."""
-
-    arrival_s: float
-    first_token_s: float | None
-    token_s: tuple[float, ...]
-    finished_s: float | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class RequestOutput:
     token_ids: list[int]
     finish_reason: str  # stop | length | abort
     stop_reason: int | str | None  # the token id or string that ended it
-    metrics: RequestMetrics
+    metrics: RequestTimes  # arrival, every token, and what follows from them
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     logprobs: list[Logprobs] | None = None  # of token_ids, if the params ask for them
     prompt_logprobs: list[Logprobs] | None = None  # of the prompt's tokens but the first, likewise
@@ -161,9 +152,7 @@ class LLM:
             token_ids=request.output_token_ids,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
-            metrics=RequestMetrics(
-                request.arrival_s, request.first_token_s, tuple(request.token_s), request.finished_s
-            ),
+            metrics=RequestTimes.of(request),
             num_cached_tokens=request.num_cached_tokens,
             logprobs=request.logprobs or None,
             prompt_logprobs=request.prompt_logprobs or None,
