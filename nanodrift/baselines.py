@@ -17,7 +17,7 @@ While nothing decodes, each of them prefills on the whole chip. Imports no torch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
 from nanodrift.dispatch import Decision, Dispatcher, Load, Mode, Policy, Turns
@@ -27,17 +27,11 @@ NAMES = ("mux", "turns", "prefill-first", "chunked", "chunked-auto", "static", "
 TYPICAL = PrefillLoad.of_chunk(2048, 0), DecodeLoad(64, 64 * 1024)  # what the best split is best for
 
 
-@dataclass(frozen=True)
-class PrefillFirst:
+class PrefillFirst(Turns):
     """No decode step is launched while there is prefill to launch."""
 
-    whole_chip: Partition
-    token_chunk: int
-    layers: int
-
     def choose(self, load: Load, current: Decision | None = None) -> Decision:
-        is_waiting = load.prompt_tokens > 0
-        return Decision(Mode.EXCLUSIVE, self.whole_chip, self.token_chunk, self.layers, holds_decode=is_waiting)
+        return replace(super().choose(load), holds_decode=load.prompt_tokens > 0)
 
 
 @dataclass(frozen=True)
@@ -78,9 +72,8 @@ def best_split(dispatcher: Dispatcher) -> Partition:
         cell = Cell.of(prefill, decode, partition.decode_sms)
         prefill_s = cost.prefill_s(prefill, partition.prefill_sms) * guard.factor(Lane.PREFILL, cell).mean
         decode_s = cost.decode_s(decode, partition.decode_sms) * guard.factor(Lane.DECODE, cell).mean
-        return (
-            cost.prefill_s(prefill, whole.prefill_sms) / prefill_s + cost.decode_s(decode, whole.decode_sms) / decode_s
-        )
+        alone_s = cost.prefill_s(prefill, whole.prefill_sms), cost.decode_s(decode, whole.decode_sms)
+        return alone_s[0] / prefill_s + alone_s[1] / decode_s
 
     return max(dispatcher.splits, key=co_run_sum)
 

@@ -98,9 +98,6 @@ class Rows:
         self.min_position = table()  # [rows] ... below this position
         self.penalties = Penalties(num_rows, vocab_size, device)
 
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, torch.Tensor))
-
     @property
     def spare_row(self) -> int:
         """A row nobody owns, all of block 0: padding reads it, and what need not be kept is written there."""

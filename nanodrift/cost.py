@@ -452,8 +452,7 @@ class Observer:
         ratios = solo_s * factor.mean / step.busy_s, solo_s * factor.worst / step.busy_s
         self.seen.setdefault(kind, deque(maxlen=4096)).append(ratios)
         if beside is None:
-            num_sms = partition.prefill_sms if isinstance(work, PrefillWork) else partition.decode_sms
-            self.cost.correct(type(work), num_sms, solo_s, step.busy_s)
+            self.cost.correct(type(work), partition.sms_of(lane), solo_s, step.busy_s)
         self.guard.observe(lane, cell, solo_s, step.busy_s)
 
 

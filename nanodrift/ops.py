@@ -36,9 +36,6 @@ class Scratch:
             name: torch.zeros(count, dtype=dtypes[name], device=device) for name, count in num_elements.items()
         }
 
-    def bytes(self) -> int:
-        return sum(b.numel() * b.element_size() for b in self.buffers.values())
-
 
 @dataclass
 class LaneResources:
@@ -151,10 +148,10 @@ def attn_decode(q, k_cache, v_cache, block_table, rows, context_lens, scale, out
     return _run(lane, run, reference, q, k_cache, v_cache, block_table, rows, context_lens, **options)
 
 
-def sample(logits, rows, positions, temperature, seed, last_token, next_position, lane, out=None):
-    """Draws a token from each row of logits [Q, V] into out [Q] and the rows' tables; see kernels/sample.py."""
+def sample(logits, rows, positions, temperature, seed, last_token, next_position, lane):
+    """Draws a token from each row of logits [Q, V] -> [Q], and into the rows' tables; see kernels/sample.py."""
     tables = (temperature, seed, last_token, next_position)
-    return _run(lane, samplers.sample, samplers.sample_reference, logits, rows, positions, *tables, out=out)
+    return _run(lane, samplers.sample, samplers.sample_reference, logits, rows, positions, *tables)
 
 
 def filter_logits(logits, rows, positions, temperature, top_k, top_p, min_p, lane):

@@ -125,10 +125,8 @@ class Telemetry:
 
     def _book(self, part: PrefillWork | DecodeWork, mode: Mode, busy_s: float, end_s: float) -> None:
         side, other = self._sides[part.lanes[0]], self._sides[OTHER[part.lanes[0]]]
-        if isinstance(part, DecodeWork):
-            request_ids, has_waited = frozenset(part.request_ids), False
-        else:
-            request_ids = frozenset(piece.request_id for piece in part.slices)
+        request_ids, has_waited = frozenset(part.request_ids), False
+        if isinstance(part, PrefillWork):
             has_waited = any(i in self._requests and self._requests[i].arrival_s <= side.end_s for i in request_ids)
         if has_waited or not request_ids.isdisjoint(side.request_ids):
             side.bubble_s += max(0.0, end_s - busy_s - side.end_s - (other.whole_chip_s - side.other_whole_chip_s))
