@@ -124,7 +124,7 @@ def test_promises_below_a_bare_step_are_named():
 def test_the_policy_in_a_line():
     cost = CostModel(ModelConfig.from_folder(ROOT / "nanodrift" / "configs" / "llama-3.1-8b"), h200_prior())
     whole, half = Partition(132, 132, is_shared=True), Partition(100, 32)
-    assert policy_line(EngineConfig(), (whole,), cost).endswith("take turns on the whole device")
+    assert policy_line(EngineConfig(), (whole,), cost).startswith("turns: ")
     text = policy_line(EngineConfig(modes="split,fused"), (whole, half), cost)
     assert text.startswith("mux (split,fused); decode on 32 or all 132 SMs") and "not measured" in text
 
