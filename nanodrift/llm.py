@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nanodrift import hub
 from nanodrift.config import EngineConfig
 from nanodrift.metrics import RequestTimes
 from nanodrift.plan import Logprobs
 from nanodrift.request import Request, SamplingParams
+from nanodrift.server.tokenizer import Detokenizer, load_tokenizer
 from nanodrift.startup import load_engine
-from nanodrift.tokenizer import Detokenizer
 
 Prompt = str | list[int]
 
@@ -60,9 +61,10 @@ class LLM:
             def report(phase: str, done: float) -> None:
                 status.update(f"loading: {phase} {done:.0%}")
 
-            self._loaded = load_engine(model, config, report)
+            folder = hub.resolve_model(model, load_format)
+            self.tokenizer = load_tokenizer(folder, load_format)  # None: prompts are token ids
+            self._loaded = load_engine(folder, config, report)
         self.engine = self._loaded.engine
-        self.tokenizer = self._loaded.tokenizer
         self.model_config = self._loaded.model_config
 
     def generate(

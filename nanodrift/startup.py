@@ -25,7 +25,6 @@ from nanodrift.kvcache import blocks_for
 from nanodrift.model import Model
 from nanodrift.partition import DECODE_SMS
 from nanodrift.scheduler import Scheduler
-from nanodrift.tokenizer import MissingTokenizer, Tokenizer
 from nanodrift.weights import dummy_weights, load_weights, resolve_dtype
 
 CPU_KV_BYTES = 1 << 30  # what the cache takes on a CPU unless num_kv_blocks says otherwise
@@ -42,7 +41,6 @@ class LoadedEngine:
     """An engine that is ready, and what people want to know about it."""
 
     engine: Engine
-    tokenizer: Tokenizer | None  # None: the folder has none, so prompts are token ids
     model_config: ModelConfig
     folder: Path
     device: torch.device
@@ -55,7 +53,7 @@ class LoadedEngine:
     phases_s: dict[str, float] = field(default_factory=dict)
 
 
-def load_engine(model: str | None, config: EngineConfig, report: Report | None = None) -> LoadedEngine:
+def load_engine(model: str | Path | None, config: EngineConfig, report: Report | None = None) -> LoadedEngine:
     """Loads an alias, a hub id, a folder, or None: the embedded model. Raises ConfigError that says what to do."""
     report = report or (lambda phase, done: None)
     phases_s: dict[str, float] = {}
@@ -71,12 +69,6 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
     device = resolve_device(config.device)
     folder = hub.resolve_model(model, config.load_format)
     model_config = ModelConfig.from_folder(folder, config.max_model_len)
-    try:
-        tokenizer = Tokenizer.from_folder(folder)
-    except MissingTokenizer:
-        if config.load_format != "dummy":
-            raise
-        tokenizer = None
     dtype = resolve_dtype(config.dtype, model_config, device)
     max_model_len = _resolve_max_model_len(config.max_model_len, model_config)
     hub.check_memory(model_config, dtype, hub.free_memory_bytes(device), min_kv_tokens=max_model_len)
@@ -133,7 +125,6 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
     )
     return LoadedEngine(
         engine=engine,
-        tokenizer=tokenizer,
         model_config=model_config,
         folder=folder,
         device=device,

@@ -27,7 +27,7 @@ SERVICES = VOCABULARY | {"kvcache", "cost", "metrics", "executor"}
 POLICY = SERVICES | {"decision", "waiting", "flight", "dispatch"}
 MODEL = {"kernels", "ops", "model", "weights", "batch", "penalties", "runner"}
 ENGINE = POLICY | {"scheduler", "baselines", "telemetry", "engine"}
-EVERY_PART = ENGINE | MODEL | {"partition", "graphs", "cpu", "gpu", "sim", "hub", "tokenizer"}
+EVERY_PART = ENGINE | MODEL | {"partition", "graphs", "cpu", "gpu", "sim", "hub"}
 
 MAY_IMPORT = {  # module: modules of nanodrift that it may import
     "config": set(),
@@ -57,14 +57,13 @@ MAY_IMPORT = {  # module: modules of nanodrift that it may import
     "cpu": SERVICES | MODEL,
     "gpu": SERVICES | MODEL | {"graphs", "partition"},
     "hub": {"config"},
-    "tokenizer": {"config"},
     "startup": EVERY_PART,
-    "llm": EVERY_PART | {"startup"},
+    "llm": EVERY_PART | {"startup", "server"},  # of server: the tokenizer
     "__init__": VOCABULARY | {"llm"},
     "kernels": set(),
     "embedded": set(),
     "server": EVERY_PART | {"startup", "llm", "server"},
-    "bench": EVERY_PART | {"startup", "llm", "server", "bench"},  # of server: trace and power, which both want
+    "bench": EVERY_PART | {"startup", "llm", "server", "bench"},  # of server: trace, power, tokenizer
 }
 # Modules that decide. They see neither a tensor nor a clock, so that a simulator can drive the very same objects.
 PURE = {

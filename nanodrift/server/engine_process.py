@@ -158,17 +158,20 @@ def _is_plain(error: Exception) -> bool:
 
 def _load(model: str | None, config: EngineConfig, report):
     from nanodrift import hub
+    from nanodrift.server.tokenizer import load_tokenizer
     from nanodrift.startup import load_engine
 
-    loaded = load_engine(model, config, report)
+    folder = hub.resolve_model(model, config.load_format)
+    tokenizer = load_tokenizer(folder, config.load_format)  # to know before the weights are read that there is one
+    loaded = load_engine(folder, config, report)
     loaded.engine.power = PowerLog.of(loaded.device)
     model_config, kv_tokens = loaded.model_config, loaded.num_kv_tokens
     made_up = ", made-up weights" if config.load_format == "dummy" else ""
     info = {
-        "folder": str(loaded.folder),
+        "folder": str(folder),
         "description": f"{model_config.architecture}, {model_config.num_parameters / 1e6:,.0f}M parameters{made_up}",
-        "is_embedded": loaded.folder == hub.EMBEDDED,
-        "has_tokenizer": loaded.tokenizer is not None,
+        "is_embedded": folder == hub.EMBEDDED,
+        "has_tokenizer": tokenizer is not None,
         "eos_token_ids": list(model_config.eos_token_ids),
         "device_name": loaded.engine.executor.device_name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
