@@ -55,16 +55,15 @@ class EngineConfig:
     modes: str = "split,fused,exclusive"  # what mux may choose from
     chunk_tokens: int = 512  # of every step under policy chunked: decoding rows and prompt tokens together
     decode_sms: int = 0  # of the decode half under policies static and overlap; 0 = the best by the cost profile
-    profile: str | None = (
-        None  # measured costs, a file of `bench.py calibrate`; None = the one shipped for GPU and model
-    )
+    profile: str | None = None  # measured costs, from `bench.py calibrate`; None = those shipped for GPU and model
     seed: int = 0
     slo: SLO = SLO()
 
     def __post_init__(self):
-        for name in ("max_num_seqs", "max_prefill_tokens", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_num_seqs", "max_prefill_tokens", "chunk_tokens", "prefill_layers", "num_kv_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
         if not 0.05 <= self.memory_fraction <= 0.99:
             raise ConfigError(f"memory_fraction must lie between 0.05 and 0.99, got {self.memory_fraction}")
         for name, allowed in (

@@ -155,3 +155,6 @@ def test_engine_options():
         EngineConfig.from_options(max_num_seq=8)
     with pytest.raises(ConfigError, match="memory_fraction"):
         EngineConfig(memory_fraction=1.5)
+    for name in ("max_num_seqs", "prefill_layers", "num_kv_blocks"):
+        with pytest.raises(ConfigError, match=f"{name} must be at least 1"):
+            EngineConfig(**{name: 0})
