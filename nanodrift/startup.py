@@ -17,7 +17,7 @@ from nanodrift.baselines import make_policy
 from nanodrift.config import BLOCK_SIZE, ConfigError, EngineConfig, ModelConfig
 from nanodrift.cost import CostModel, Guard, Observer, Profile, find_profile, h200_prior, prior_for, read_profile
 from nanodrift.cpu import CpuExecutor
-from nanodrift.dispatch import Mode, Policy, Turns
+from nanodrift.dispatch import Mode, Policy
 from nanodrift.engine import Engine
 from nanodrift.executor import Executor
 from nanodrift.gpu import GpuExecutor
@@ -156,9 +156,6 @@ def choose_policy(config: EngineConfig, executor: Executor, cost: CostModel, gua
     """The policy that the config names, for the partitions that there are. Raises ConfigError if it cannot run here."""
     is_divided = len(executor.partitions) > 1
     name = config.policy if config.policy != "auto" else "mux" if is_divided else "turns"
-    if name == "turns":
-        layers = config.prefill_layers or executor.num_layers
-        return Turns(executor.partitions[0], config.max_prefill_tokens, layers)
     if not is_divided and name not in UNDIVIDED_POLICIES:
         raise ConfigError(
             f"policy {name!r} divides the SMs of a GPU, which {executor.device_name} cannot; use one of "
@@ -169,7 +166,7 @@ def choose_policy(config: EngineConfig, executor: Executor, cost: CostModel, gua
             name, cost, guard, executor.partitions,
             max_prefill_tokens=config.max_prefill_tokens,
             modes=tuple(Mode(mode) for mode in config.modes.split(",")),
-            budget_tokens=config.chunk_tokens, decode_sms=config.decode_sms,
+            layers=config.prefill_layers, budget_tokens=config.chunk_tokens, decode_sms=config.decode_sms,
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from None
