@@ -25,6 +25,7 @@ from nanodrift.kernels import sample as samplers
 from nanodrift.kernels import swiglu as swiglus
 
 MAX_SKINNY_TOKENS = skinny_gemms.MAX_SKINNY_TOKENS
+num_splits = skinny_gemms.num_splits  # (T, width, depth, num_sms) -> S of a [T, depth] x [width, depth] product
 IN_PROMPT = penalties.IN_PROMPT
 
 
@@ -185,14 +186,9 @@ def _gemm(x, w, bias, residual, out, lane):
 
 def _skinny_partials(x, w, bias, lane):
     num_tokens, width = x.shape[0], w.shape[0]
-    splits = skinny_gemms.num_splits(num_tokens, width, x.shape[1], lane.num_sms)
+    splits = num_splits(num_tokens, width, x.shape[1], lane.num_sms)
     out = lane.take("partials", (splits, num_tokens, width), x, torch.float32)  # [S, T, N]
     return skinny_gemms.gemm_skinny(x, w, bias=bias, out=out, num_sms=lane.num_sms, num_splits=splits)
-
-
-def num_splits(num_tokens: int, width: int, depth: int, num_sms: int) -> int:
-    """Partials that ``linear_partials`` and ``linear_add_norm`` make of a [T, depth] x [width, depth] product."""
-    return skinny_gemms.num_splits(num_tokens, width, depth, num_sms)
 
 
 def decode_scratch_elements(num_heads: int, num_kv_heads: int, head_dim: int, num_sms: int) -> int:

@@ -373,8 +373,7 @@ class Scheduler:
             return None
         self._num_batches += 1
         self._newest = tuple(slices)
-        num_tokens = sum(len(s.token_ids) for s in slices)
-        return Chunk(self._num_batches, self._newest, tuple(new_blocks), num_tokens)
+        return Chunk(self._num_batches, self._newest, tuple(new_blocks))
 
     def _fits(self, request: Request, num_kept_blocks: int = 0) -> bool:
         """There is a row and room for it, and a block more for everybody under way: two if blocks ran out lately.
@@ -395,7 +394,8 @@ class Scheduler:
             return None
         if self._open:  # it need wait for the rest of this chunk only, and would have to make one of its own
             chunk = self._open[-1]
-            num_ahead = chunk.num_tokens * (self.num_layers - chunk.next_layer) / self.num_layers
+            num_tokens = sum(len(s.token_ids) for s in chunk.slices)
+            num_ahead = num_tokens * (self.num_layers - chunk.next_layer) / self.num_layers
         else:
             num_ahead = sum(r.num_tokens - r.num_computed_tokens for r in self.prefilling)
         num_own = request.num_new_tokens

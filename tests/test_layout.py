@@ -34,7 +34,7 @@ MAY_IMPORT = {  # module: modules of nanodrift that it may import
     "plan": {"config"},
     "request": {"config", "plan"},
     "kvcache": VOCABULARY,
-    "cost": VOCABULARY,
+    "cost": VOCABULARY | {"metrics"},
     "metrics": VOCABULARY,
     "executor": VOCABULARY,
     "waiting": VOCABULARY,
