@@ -73,7 +73,7 @@ class Engine:
             cache_salt=cache_salt,
             priority=priority,
             stop_token_ids=stop_token_ids if params.ignore_eos else stop_token_ids | self.eos_token_ids,
-            seed=params.seed if params.seed is not None else self.seed * 1_000_003 + self._num_requests,
+            seed=params.seed if params.seed is not None else (self.seed * 1_000_003 + self._num_requests) % 2**63,
         )
 
     def add(self, request: Request) -> None:

@@ -145,15 +145,18 @@ class LLM:
 
     def _output(self, one: _Running) -> RequestOutput:
         request = one.request
+        reasons = request.finish_reason, request.stop_reason
         if one.detokenizer is not None:
             one.pieces.append(one.detokenizer.finish())
+            if one.detokenizer.stopped_by is not None:  # perhaps by the very last token, when the request had ended
+                reasons = "stop", one.detokenizer.stopped_by
         return RequestOutput(
             prompt=one.prompt,
             prompt_token_ids=request.prompt_token_ids,
             text="".join(one.pieces),
             token_ids=request.output_token_ids,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
+            finish_reason=reasons[0],
+            stop_reason=reasons[1],
             metrics=RequestTimes.of(request),
             num_cached_tokens=request.num_cached_tokens,
             logprobs=request.logprobs or None,
