@@ -105,8 +105,7 @@ class SimExecutor:
         return [e for i, e in enumerate(queue) if not any(self._must_follow(e, earlier) for earlier in queue[:i])]
 
     def _must_follow(self, entry: _InFlight, earlier: _InFlight) -> bool:
-        lanes = entry.ticket.work.lanes
-        other_lanes = earlier.ticket.work.lanes
+        lanes, other_lanes = entry.ticket.work.lanes, earlier.ticket.work.lanes
         if set(lanes) & set(other_lanes):
             return True
         num_sms = entry.ticket.partition.sms_of(lanes[0]) + earlier.ticket.partition.sms_of(other_lanes[0])
