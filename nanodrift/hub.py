@@ -15,6 +15,7 @@ from nanodrift.config import BLOCK_SIZE, ConfigError, ModelConfig
 
 HERE = Path(__file__).parent
 EMBEDDED = HERE / "embedded"
+CGROUP = Path("/sys/fs/cgroup")
 GIB = 1 << 30
 
 ALIASES = {
@@ -113,8 +114,9 @@ def free_memory_bytes(device) -> int:
     except (OSError, KeyError, ValueError):  # not Linux
         free_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used -= int(stat["active_file"]) + int(stat["inactive_file"])  # cached files, the weights say, give way
         return min(free_bytes, max(limit - used, 0))
-    except (OSError, ValueError):  # no limit ("max"), or no control groups
+    except (OSError, KeyError, ValueError):  # no limit ("max"), or no control groups
         return free_bytes

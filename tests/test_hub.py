@@ -133,6 +133,16 @@ def test_free_host_memory_is_a_plausible_number():
     assert 10 << 20 < free_memory_bytes(torch.device("cpu")) < 1 << 50
 
 
+def test_a_containers_limit_holds_and_its_cached_files_count_as_free(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanodrift.hub.CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("9000\n")
+    (tmp_path / "memory.current").write_text("8000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000\nfile 6000\nactive_file 1000\ninactive_file 5000\n")
+    assert free_memory_bytes(torch.device("cpu")) == 7000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory_bytes(torch.device("cpu")) > 10 << 20
+
+
 def test_the_alias_configs_are_the_real_ones():
     """The package's copies and the tests' copies of the same hub files agree."""
     stored = Path(__file__).parent / "configs"
