@@ -25,7 +25,7 @@ from nanodrift.config import SLO, EngineConfig
 from nanodrift.request import SamplingParams
 from nanodrift.server.frames import FrameLink
 from nanodrift.server.power import PowerLog
-from nanodrift.server.startup import policy_line, slo_warnings
+from nanodrift.server.startup import policy_line, slo_warnings, split_warnings
 from nanodrift.server.trace import Trace
 
 STATS_EVERY_S = 0.25
@@ -181,7 +181,8 @@ def _load(model: str | None, config: EngineConfig, report):
         "max_model_len": loaded.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "policy": policy_line(config, loaded.engine.executor.partitions, loaded.cost),
-        "warnings": slo_warnings(config.slo, loaded.cost) if loaded.device.type == "cuda" else [],
+        "warnings": split_warnings(config, getattr(loaded.engine.executor, "split", None))
+        + (slo_warnings(config.slo, loaded.cost) if loaded.device.type == "cuda" else []),
         "phases_s": loaded.phases_s,
     }
     return loaded.engine, info

@@ -80,6 +80,16 @@ def slo_warnings(slo: SLO, cost: CostModel) -> list[str]:
     return found
 
 
+def split_warnings(config: EngineConfig, split) -> list[str]:
+    """``split``: a GPU executor's partition.DeviceSplit, None elsewhere. Says so where its halves are none."""
+    if split is None or not split.reason or not split.streams or config.policy == "overlap":
+        return []
+    return [
+        f"the SMs cannot be divided: {split.reason}. Both lanes run on plain streams instead, where they slow each "
+        "other more than the measured costs say; --policy chunked or turns promises nothing that depends on them."
+    ]
+
+
 def policy_line(config: EngineConfig, partitions: tuple[Partition, ...], cost: CostModel) -> str:
     """How prompts and tokens share the device, in a line."""
     splits = sorted(partition.decode_sms for partition in partitions if not partition.is_shared)
