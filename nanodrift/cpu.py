@@ -66,6 +66,9 @@ class CpuExecutor:
         done, self._done = self._done, []
         return done
 
+    def counters(self) -> dict[str, int | float]:
+        return {}
+
     def close(self) -> None:
         self._prefill = self._decode = None
 

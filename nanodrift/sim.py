@@ -96,6 +96,9 @@ class SimExecutor:
             self.clock.advance_to(until_s)
         return done
 
+    def counters(self) -> dict[str, int | float]:
+        return {}
+
     def close(self) -> None:
         self._queue.clear()
 

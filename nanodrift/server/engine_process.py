@@ -88,7 +88,7 @@ def _loop(link: FrameLink, engine, messages: list[list]) -> None:
         if now_s - stats_s >= STATS_EVERY_S or is_busy != was_busy or (messages and not is_busy) or has_left:
             if now_s - predicted_s >= PREDICTIONS_EVERY_S or (was_busy and not is_busy):
                 predictions, predicted_s = engine.predictions(), now_s
-            stats = engine.stats() | {"predictions": predictions}
+            stats = engine.stats() | {"predictions": predictions} | engine.executor.counters()
             if not is_busy:
                 _account(stats, is_new=was_busy)
             stats_s, was_busy = now_s, is_busy
