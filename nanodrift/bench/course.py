@@ -165,8 +165,8 @@ def choice() -> str:
             f" ({fused.token_chunk} prompt tokens and {batch} of decode are {fused.token_chunk + batch}, a size that a "
             "CUDA graph was captured for.)"
         )
-    taken += f" Another replaces it when it is better by {HYSTERESIS:.0%}, or when it no longer keeps the TBT"
-    return f"{head}{''.join(rows)}\n{taken}.{_later(moment, dispatcher)}\n"
+    taken += f" It stays while its mode offers it on the same SMs and no other is better by {HYSTERESIS:.0%}."
+    return f"{head}{''.join(rows)}\n{taken}{_later(moment, dispatcher)}\n"
 
 
 def _later(moment: Moment, dispatcher: Dispatcher) -> str:
@@ -180,8 +180,8 @@ def _later(moment: Moment, dispatcher: Dispatcher) -> str:
         f"{rates[found.decision.mode]} tokens/s against {rates[mode]}" if mode in rates else "alone within the TBT"
     )
     return (
-        f" So it does at {ms(found.at_s, 1)}, {found.load.prompt_start:,} tokens into the prompt: "
-        f"{found.decision.mode.value}, {against}."
+        f" At {ms(found.at_s, 1)}, {found.load.prompt_start:,} tokens into the prompt, {found.decision.mode.value} is "
+        f"taken: {against}."
     )
 
 
