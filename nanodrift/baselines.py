@@ -17,14 +17,14 @@ While nothing decodes, each of them prefills on the whole chip. Imports no torch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from nanodrift.config import POLICIES
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
 from nanodrift.decision import Decision, Load, Mode, Policy
 from nanodrift.dispatch import Dispatcher
 from nanodrift.plan import MAX_FUSED_TOKENS, Lane, Partition
 
-NAMES = ("mux", "turns", "prefill-first", "chunked", "chunked-auto", "static", "overlap")
 TYPICAL = PrefillLoad.of_chunk(2048, 0), DecodeLoad(64, 64 * 1024)  # what the best split is best for
 
 
@@ -40,17 +40,11 @@ class Turns:
         return Decision(Mode.EXCLUSIVE, self.whole_chip, self.token_chunk, self.layers)
 
 
-@dataclass(frozen=True)
-class PrefillFirst:
+class PrefillFirst(Turns):
     """No decode step is launched while there is prefill to launch."""
 
-    whole_chip: Partition
-    token_chunk: int
-    layers: int
-
     def choose(self, load: Load, current: Decision | None = None) -> Decision:
-        is_waiting = load.prompt_tokens > 0
-        return Decision(Mode.EXCLUSIVE, self.whole_chip, self.token_chunk, self.layers, holds_decode=is_waiting)
+        return replace(super().choose(load), holds_decode=load.prompt_tokens > 0)
 
 
 @dataclass(frozen=True)
@@ -91,9 +85,8 @@ def best_split(dispatcher: Dispatcher) -> Partition:
         cell = Cell.of(prefill, decode, partition.decode_sms)
         prefill_s = cost.prefill_s(prefill, partition.prefill_sms) * guard.factor(Lane.PREFILL, cell).mean
         decode_s = cost.decode_s(decode, partition.decode_sms) * guard.factor(Lane.DECODE, cell).mean
-        return (
-            cost.prefill_s(prefill, whole.prefill_sms) / prefill_s + cost.decode_s(decode, whole.decode_sms) / decode_s
-        )
+        alone_s = cost.prefill_s(prefill, whole.prefill_sms), cost.decode_s(decode, whole.decode_sms)
+        return alone_s[0] / prefill_s + alone_s[1] / decode_s
 
     return max(dispatcher.splits, key=co_run_sum)
 
@@ -107,17 +100,19 @@ def make_policy(
     max_prefill_tokens: int,
     modes: tuple[Mode, ...] = tuple(Mode),
     side_by_side: bool = True,
+    layers: int | None = None,
     budget_tokens: int = 512,
     decode_sms: int = 32,
 ) -> Policy:
-    """A policy of these NAMES. Raises ValueError for any other, and for a partition that there is not.
+    """A policy of config.POLICIES but auto. Raises ValueError for any other, and for a partition that there is not.
 
-    ``modes`` and ``side_by_side`` (of a fused step's attentions) are of mux, ``budget_tokens`` is of chunked,
-    ``decode_sms`` of static and overlap: 0 takes the best split by the profile.
+    ``modes`` and ``side_by_side`` (of a fused step's attentions) are of mux, ``layers`` of a launch is of those that do
+    not choose it themselves (None: all), ``budget_tokens`` is of chunked, ``decode_sms`` of static and overlap: 0 takes
+    the best split by the profile.
     """
     options = {"max_prefill_tokens": max_prefill_tokens}
     dispatcher = Dispatcher(cost, guard, partitions, modes=modes, side_by_side=side_by_side, **options)
-    whole_chip, layers = dispatcher.whole_chip, cost.num_layers
+    whole_chip, layers = dispatcher.whole_chip, layers or cost.num_layers
     if name == "mux":
         return dispatcher
     if name == "turns":
@@ -133,4 +128,4 @@ def make_policy(
         if not halves or (decode_sms and decode_sms not in halves):
             raise ValueError(f"no partition gives decode {decode_sms} SMs; there are {sorted(halves)}")
         return Static(dispatcher, halves[decode_sms] if decode_sms else best_split(dispatcher))
-    raise ValueError(f"there is no policy {name!r}: {', '.join(NAMES)} are known")
+    raise ValueError(f"there is no policy {name!r}: {', '.join(POLICIES[1:])} are known")

@@ -98,9 +98,6 @@ class Rows:
         self.min_position = table()  # [rows] ... below this position
         self.penalties = Penalties(num_rows, vocab_size, device)
 
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, torch.Tensor))
-
     @property
     def spare_row(self) -> int:
         """A row nobody owns, all of block 0: padding reads it, and what need not be kept is written there."""
@@ -133,9 +130,10 @@ class Rows:
         self.penalties.set_params(rows_and_params, upload)
         num = len(rows_and_params)
         ints = array("i", [row for row, _ in rows_and_params])
-        for name in ("top_k", "min_position"):
+        ints_of, floats_of = ("top_k", "min_position"), ("temperature", "top_p", "min_p")
+        for name in ints_of:
             ints.extend(getattr(params, name) for _, params in rows_and_params)
-        for name in ("temperature", "top_p", "min_p"):
+        for name in floats_of:
             ints.frombytes(array("f", [getattr(params, name) for _, params in rows_and_params]).tobytes())
         ints.frombytes(array("q", [params.seed for _, params in rows_and_params]).tobytes())
         for _, params in rows_and_params:
@@ -144,10 +142,9 @@ class Rows:
         device_ints = upload(ints)
         columns = device_ints[: 6 * num].view(6, num)
         rows = columns[0].long()
-        self.top_k.index_copy_(0, rows, columns[1])
-        self.min_position.index_copy_(0, rows, columns[2])
-        for table, column in zip((self.temperature, self.top_p, self.min_p), columns[3:6], strict=True):
-            table.index_copy_(0, rows, column.view(torch.float32))
+        for name, column in zip(ints_of + floats_of, columns[1:], strict=True):
+            table = getattr(self, name)
+            table.index_copy_(0, rows, column.view(table.dtype))
         self.seed.index_copy_(0, rows, device_ints[6 * num : 8 * num].view(torch.int64))
         banned = device_ints[8 * num : (8 + MAX_STOP_TOKEN_IDS) * num].view(num, MAX_STOP_TOKEN_IDS)
         self.banned.index_copy_(0, rows, banned)

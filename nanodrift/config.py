@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,15 @@ class EngineConfig:
     modes: str = "split,fused,exclusive"  # what mux may choose from
     chunk_tokens: int = 512  # of every step under policy chunked: decoding rows and prompt tokens together
     decode_sms: int = 0  # of the decode half under policies static and overlap; 0 = the best by the cost profile
-    profile: str | None = (
-        None  # measured costs, a file of `bench.py calibrate`; None = the one shipped for GPU and model
-    )
+    profile: str | None = None  # measured costs, from `bench.py calibrate`; None = those shipped for GPU and model
     seed: int = 0
     slo: SLO = SLO()
 
     def __post_init__(self):
-        for name in ("max_num_seqs", "max_prefill_tokens", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_num_seqs", "max_prefill_tokens", "chunk_tokens", "prefill_layers", "num_kv_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
         if not 0.05 <= self.memory_fraction <= 0.99:
             raise ConfigError(f"memory_fraction must lie between 0.05 and 0.99, got {self.memory_fraction}")
         for name, allowed in (
@@ -75,7 +75,7 @@ class EngineConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device must be auto, cpu, cuda or cuda:N; got {self.device!r}")
 
     @classmethod

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanodrift.config import ConfigError, ModelConfig
+from nanodrift.metrics import percentile
 from nanodrift.plan import Completion, DecodeWork, FusedWork, Lane, PrefillSlice, PrefillWork, Work
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -270,11 +271,8 @@ class CostModel:
             self.scales[key] = self.scale(*key) + max(0.01, 1 / num) * (ratio - self.scale(*key))
 
     def _at(self, num_sms: int) -> _Site:
-        if num_sms not in self._sites:
-            self._sites[num_sms] = self._make_site(num_sms)
-        return self._sites[num_sms]
-
-    def _make_site(self, num_sms: int) -> _Site:
+        if num_sms in self._sites:
+            return self._sites[num_sms]
         profile, config = self.profile, self.config
         if profile.passes:
             tokens = tuple(num_tokens for num_tokens, _ in profile.passes)
@@ -284,7 +282,7 @@ class CostModel:
             knee = bytes_s * profile.flops_per_s.at(num_sms) / (2 * self._layer_parameters)
             tokens, seconds = (knee, 2 * knee), (bytes_s, 2 * bytes_s)
         flops_per_pair = 4 * config.num_heads * config.head_dim * config.num_layers
-        return _Site(
+        self._sites[num_sms] = _Site(
             tokens,
             seconds,
             causal_s=flops_per_pair / profile.attention_flops_per_s.at(num_sms),
@@ -292,6 +290,7 @@ class CostModel:
             full_tokens=num_sms * ATTENTION_ROWS_PER_SM / config.num_heads,
             kv_s=config.num_kv_values_per_token * self._itemsize / profile.kv_bytes_per_s.at(num_sms),
         )
+        return self._sites[num_sms]
 
     def _pass_s(self, num_tokens: int, num_sampled: int, num_sms: int) -> float:
         head_s = self._head_share * self.products_s(num_sampled, num_sms)
@@ -434,8 +433,8 @@ class Observer:
         for kind, seen in sorted(self.seen.items()):
             errors, guarded = [abs(mean - 1) for mean, _ in seen], [worst for _, worst in seen]
             found[kind] = {"num_steps": len(seen), "violations": sum(ratio < 1 for ratio in guarded) / len(seen)}
-            found[kind] |= {"error_p50": _quantile(errors, 0.5), "error_p95": _quantile(errors, 0.95)}
-            found[kind] |= {"guarded_over_actual": _quantile(guarded, 0.5)}
+            found[kind] |= {"error_p50": percentile(errors, 50), "error_p95": percentile(errors, 95)}
+            found[kind] |= {"guarded_over_actual": percentile(guarded, 50)}
         return found
 
     def _judge(self, step: Completion, beside: Completion | None) -> None:
@@ -450,8 +449,7 @@ class Observer:
         ratios = solo_s * factor.mean / step.busy_s, solo_s * factor.worst / step.busy_s
         self.seen.setdefault(kind, deque(maxlen=4096)).append(ratios)
         if beside is None:
-            num_sms = partition.prefill_sms if isinstance(work, PrefillWork) else partition.decode_sms
-            self.cost.correct(type(work), num_sms, solo_s, step.busy_s)
+            self.cost.correct(type(work), partition.sms_of(lane), solo_s, step.busy_s)
         self.guard.observe(lane, cell, solo_s, step.busy_s)
 
 
@@ -465,9 +463,3 @@ def _beside(step: Completion, others: deque[Completion]) -> tuple[Completion | N
         overlaps.append((max(overlap_s, 0.0), other))
     longest = max(overlaps, key=lambda pair: pair[0], default=(0.0, None))
     return longest[1], sum(overlap_s for overlap_s, _ in overlaps) / step.busy_s
-
-
-def _quantile(values: Iterable[float], share: float) -> float:
-    """Nearest rank, as in metrics.py."""
-    ordered = sorted(values)
-    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]

@@ -14,7 +14,7 @@ from nanodrift.batch import Rows
 from nanodrift.executor import WallClock
 from nanodrift.model import KVPool, Model
 from nanodrift.ops import LaneResources
-from nanodrift.plan import Completion, FusedWork, Partition, PrefillWork, Ticket, Work
+from nanodrift.plan import Completion, DecodeWork, Partition, Ticket, Work
 from nanodrift.runner import Runner, read_answer
 
 CPU = torch.device("cpu")
@@ -54,13 +54,8 @@ class CpuExecutor:
         self._num_tickets += 1
         started_s = self.clock.now()
         ticket = Ticket(self._num_tickets, work, partition, launched_s=started_s)
-        if isinstance(work, PrefillWork):
-            answer = self._prefill.prefill(work, _upload)
-        elif isinstance(work, FusedWork):
-            answer = self._prefill.fused(work, _upload)
-        else:
-            answer = self._decode.decode(work, _upload)
-        found = read_answer(work, answer)
+        runner = self._decode if isinstance(work, DecodeWork) else self._prefill
+        found = read_answer(work, runner.carry_out(work, _upload))
         finished_s = self.clock.now()
         self._done.append(Completion(ticket, finished_s, busy_s=finished_s - started_s, **found))
         return ticket
@@ -70,6 +65,9 @@ class CpuExecutor:
             time.sleep(max(0.0, until_s - self.clock.now()))
         done, self._done = self._done, []
         return done
+
+    def counters(self) -> dict[str, int | float]:
+        return {}
 
     def close(self) -> None:
         self._prefill = self._decode = None

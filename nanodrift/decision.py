@@ -62,12 +62,6 @@ class Decision:
     decode_s: float = 0.0  # guarded prediction of the decode step alone
     holds_decode: bool = False  # no step while a prompt waits
 
-    def describe(self) -> str:
-        where = "whole chip" if self.partition.is_shared else f"{self.partition.decode_sms} SMs decode"
-        late = ", TBT unmeetable" if self.is_unmeetable else ""
-        rate = f"{self.prompt_tokens_per_s:,.0f} prompt tokens/s"
-        return f"{self.mode.value} ({where}): gap <= {1e3 * self.step_s:.1f} ms, {rate}{late}"
-
 
 class Policy(Protocol):
     """What the scheduler asks before it launches anything: this module's dispatcher, or one of baselines.py."""

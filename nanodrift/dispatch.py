@@ -59,9 +59,8 @@ class Dispatcher:
         if not options:
             return self._exclusive(load, is_forced=True)
         best = max(options, key=lambda option: option.prompt_tokens_per_s)
-        kept = next(
-            (o for o in options if current and (o.mode, o.partition) == (current.mode, current.partition)), None
-        )
+        in_force = current and (current.mode, current.partition)
+        kept = next((option for option in options if (option.mode, option.partition) == in_force), None)
         if kept is not None and best.prompt_tokens_per_s < (1 + HYSTERESIS) * kept.prompt_tokens_per_s:
             return kept
         return best
@@ -117,9 +116,8 @@ class Dispatcher:
         """The largest token chunk that keeps the TBT, the attentions beside each other where that pays."""
         best = self._largest_fused(load, self.whole_chip, guess)
         if self.side_by_side and self.splits and load.decode.batch < FUSED_TOKENS[-1]:
-            size = next(
-                size for size in FUSED_TOKENS if size > load.decode.batch + (best.token_chunk - 1 if best else 0)
-            )
+            least = load.decode.batch + (best.token_chunk if best else 1)
+            size = next(size for size in FUSED_TOKENS if size >= least)
             chunk, _ = load.chunk(size - load.decode.batch, MAX_FUSED_SLICES)
             solo_s = {p: self.cost.fused_s(chunk, load.decode, p.prefill_sms, p.decode_sms) for p in self.splits}
             beside = self.fused_at(load, min(solo_s, key=solo_s.get), size)
@@ -161,8 +159,8 @@ class Dispatcher:
         slowest = self.guard.factor(Lane.PREFILL, Cell.of(chunk, DecodeLoad(), sms)).worst
         decode_s = self._alone_s(merged)
         body_s = self.cost.prefill_s(chunk._replace(num_sampled=0), sms) * slowest
-        # the head comes behind the last layer
-        head_s = self.cost.prefill_s(chunk, sms) * slowest - body_s if chunk.num_sampled else 0.0
+        chunk_s = self.cost.prefill_s(chunk, sms) * slowest
+        head_s = chunk_s - body_s if chunk.num_sampled else 0.0  # behind the last layer
         layer_s, room_s = body_s / num_layers, load.tbt_s - decode_s - head_s
         if is_forced:
             room_s = max(layer_s, decode_s * MIN_PREFILL_SHARE / (1 - MIN_PREFILL_SHARE))
@@ -172,8 +170,7 @@ class Dispatcher:
         layers = math.ceil(num_layers / turns)  # even pieces
         gap_s = decode_s + layer_s * layers + head_s
         rate = chunk.num_tokens / ((body_s + head_s) / slowest + turns * decode_s)
-        decision = (Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, gap_s, rate)
-        return Decision(*decision, is_forced, decode_s)
+        return Decision(Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, gap_s, rate, is_forced, decode_s)
 
     def _alone(self, load: Load) -> Decision:
         """One lane has nothing to do: the other gets the chip. Prefill goes in short pieces, for a decode may begin."""
@@ -183,8 +180,8 @@ class Dispatcher:
         if chunk.num_tokens:
             prefill_s = self.cost.prefill_s(chunk, self.whole_chip.prefill_sms)
             layers, rate = self._layers(LONE_PIECE_S, prefill_s), chunk.num_tokens / prefill_s
-        decision = (Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, decode_s, rate)
-        return Decision(*decision, decode_s > load.tbt_s, decode_s)
+        is_late = decode_s > load.tbt_s
+        return Decision(Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, decode_s, rate, is_late, decode_s)
 
     def _alone_s(self, decode: DecodeLoad) -> float:
         """Guarded prediction of a decode step that has the whole chip."""

@@ -6,8 +6,9 @@ its clock is the only time.
 
 from __future__ import annotations
 
-import heapq
 import math
+from bisect import insort
+from collections import deque
 
 from nanodrift.config import SLO
 from nanodrift.cost import Observer
@@ -43,8 +44,7 @@ class Engine:
         self.telemetry = Telemetry(scheduler.requests, executor.partitions)
         self.power = None  # a log of clock and watts with a stats() of its own, where somebody keeps one
         self._num_requests = 0
-        self._num_arrivals = 0
-        self._arrivals: list[tuple[float, int, Request]] = []  # a heap of requests that are still to come
+        self._arrivals: deque[Request] = deque()  # still to come, the first one first
 
     def new_request(
         self,
@@ -73,7 +73,7 @@ class Engine:
             cache_salt=cache_salt,
             priority=priority,
             stop_token_ids=stop_token_ids if params.ignore_eos else stop_token_ids | self.eos_token_ids,
-            seed=params.seed if params.seed is not None else self.seed * 1_000_003 + self._num_requests,
+            seed=params.seed if params.seed is not None else (self.seed * 1_000_003 + self._num_requests) % 2**63,
         )
 
     def add(self, request: Request) -> None:
@@ -81,8 +81,7 @@ class Engine:
         self.scheduler.check(request)
         self.num_prompt_tokens += len(request.prompt_token_ids)
         if request.arrival_s > self.executor.clock.now():
-            self._num_arrivals += 1  # of two that are due at once the one that was added first comes first
-            heapq.heappush(self._arrivals, (request.arrival_s, self._num_arrivals, request))
+            insort(self._arrivals, request, key=lambda one: one.arrival_s)  # of two due at once the one added first
         else:
             self.scheduler.add(request)
 
@@ -98,8 +97,8 @@ class Engine:
     def step(self, until_s: float | None = None) -> list[TokenEvent]:
         """One turn: launch what the lanes have room for, then wait for something to finish (at most to ``until_s``)."""
         now_s = self.executor.clock.now()
-        while self._arrivals and self._arrivals[0][0] <= now_s:
-            self.scheduler.add(heapq.heappop(self._arrivals)[2])
+        while self._arrivals and self._arrivals[0].arrival_s <= now_s:
+            self.scheduler.add(self._arrivals.popleft())
         has_launched = True
         while has_launched:  # the lanes take turns, so that where they share a stream their work alternates
             has_launched = False
@@ -109,7 +108,7 @@ class Engine:
                     self.scheduler.on_launch(ticket)
                     self.telemetry.on_launch(ticket, self.scheduler.decision)
                     has_launched = True
-        due_s = min(self._arrivals[0][0] if self._arrivals else math.inf, self.scheduler.wake_s)
+        due_s = min(self._arrivals[0].arrival_s if self._arrivals else math.inf, self.scheduler.wake_s)
         if due_s < math.inf:
             until_s = due_s if until_s is None else min(until_s, due_s)
         events = []
@@ -118,7 +117,10 @@ class Engine:
             self.telemetry.on_complete(completion)
             if self.observer is not None:
                 self.observer.observe(completion)
-        self._count(events)
+        for event in events:
+            self.num_output_tokens += len(event.token_ids)
+            if event.finish_reason is not None:
+                self.num_finished[event.finish_reason] += 1
         return events
 
     def stats(self) -> dict:
@@ -148,9 +150,3 @@ class Engine:
 
     def close(self) -> None:
         self.executor.close()
-
-    def _count(self, events: list[TokenEvent]) -> None:
-        for event in events:
-            self.num_output_tokens += len(event.token_ids)
-            if event.finish_reason is not None:
-                self.num_finished[event.finish_reason] += 1

@@ -52,5 +52,8 @@ class Executor(Protocol):
         With nothing in flight it sleeps until then, and returns at once when ``until_s`` is None.
         """
 
+    def counters(self) -> dict[str, int | float]:
+        """What should not happen once it is ready, and what its graphs cost; empty where there is none of it."""
+
     def close(self) -> None:
         """Gives back the device's memory."""

@@ -24,7 +24,6 @@ class Chunk:
     batch_id: int
     slices: tuple[PrefillSlice, ...]
     new_blocks: tuple[NewBlocks, ...]
-    num_tokens: int
     next_layer: int = 0
 
 

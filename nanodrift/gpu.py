@@ -157,7 +157,7 @@ class GpuExecutor:
 
         rows = Rows(num_rows, max_model_len, device, model.config.vocab_size)
         max_tokens = {Lane.PREFILL: max_prefill_tokens + num_rows, Lane.DECODE: num_rows}  # a fused step holds both
-        counts = {lane: {_lane_sms(partition, lane) for partition in streams} for lane in Lane}
+        counts = {lane: {partition.sms_of(lane) for partition in streams} for lane in Lane}
         counts[Lane.PREFILL] |= counts[Lane.DECODE]  # a fused step's: it attends on both halves
         scratch = {lane: model.new_scratch(n, tuple(sorted(counts[lane]))) for lane, n in max_tokens.items()}
         self._runners = {lane: Runner(model, None, rows, LaneResources(), n) for lane, n in max_tokens.items()}
@@ -200,19 +200,14 @@ class GpuExecutor:
         self._num_tickets += 1
         ticket = Ticket(self._num_tickets, work, partition, launched_s=self.clock.now())
         lane, place = work.lanes[0], self._places[type(work), partition]
-        runner, stream, num_sms = place.runner, place.stream, place.resources.num_sms
+        stream, num_sms = place.stream, place.resources.num_sms
         self._wait_for_sms(stream, num_sms, work.lanes)
         stage = self._next_stage(lane)
         start, stage.event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         answer = None
         with place.enter():
             start.record()
-            if isinstance(work, DecodeWork):
-                found = runner.decode(work, stage.upload)
-            elif isinstance(work, FusedWork):
-                found = runner.fused(work, stage.upload)
-            else:
-                found = runner.prefill(work, stage.upload)
+            found = place.runner.carry_out(work, stage.upload)
             if found is not None:
                 answer = stage.answer[: found.numel()].view(found.shape)
                 answer.copy_(found, non_blocking=True)
@@ -239,9 +234,7 @@ class GpuExecutor:
         return {
             "num_compilations": self._num_compilations,
             "num_cuda_mallocs": _num_mallocs() - self._num_mallocs_at_start,
-            "num_graphs": self._graph_costs.num_graphs,
-            "graph_seconds": self._graph_costs.seconds,
-            "graph_bytes": self._graph_costs.bytes,
+            **self._graph_costs,
         }
 
     def close(self) -> None:
@@ -303,7 +296,7 @@ class GpuExecutor:
         shapes: dict[type, tuple[PassShape, ...]],
         device: torch.device,
         report: Callable[[str, float], None],
-    ) -> graphs.CaptureCosts:
+    ) -> dict[str, int | float]:
         """Graphs of decode steps and fused steps, and of each layer of a prefill; in every partition.
 
         Work of one lane never runs beside itself, so a lane's graphs share one memory pool.
@@ -371,11 +364,11 @@ def _make_places(
     whole_chip = next(iter(streams))
     for partition, here in streams.items():
         for kind, lane in ((PrefillWork, Lane.PREFILL), (DecodeWork, Lane.DECODE)):
-            resources = LaneResources(_lane_sms(partition, lane), deterministic, scratch[lane])
+            resources = LaneResources(partition.sms_of(lane), deterministic, scratch[lane])
             places[kind, partition] = _Place(runners[lane], resources, here[lane], partition)
         # a fused step: products on every SM, attentions on the two halves, all of it in the prefill lane's memory
         whole = LaneResources(whole_chip.prefill_sms, deterministic, scratch[Lane.PREFILL])
-        halves = tuple((here[lane], replace(whole, num_sms=_lane_sms(partition, lane))) for lane in Lane)
+        halves = tuple((here[lane], replace(whole, num_sms=partition.sms_of(lane))) for lane in Lane)
         resources = whole if partition.is_shared else replace(whole, halves=halves)
         stream = streams[whole_chip][Lane.PREFILL]
         places[FusedWork, partition] = _Place(runners[Lane.PREFILL], resources, stream, partition)
@@ -400,7 +393,3 @@ def _blocks_that_fit(model: Model, rows: Rows, memory_fraction: float) -> int:
             "max_num_seqs, or serve a smaller model."
         )
     return num_blocks
-
-
-def _lane_sms(partition: Partition, lane: Lane) -> int:
-    return partition.prefill_sms if lane is Lane.PREFILL else partition.decode_sms

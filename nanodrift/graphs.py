@@ -61,17 +61,10 @@ class Capture:
     body: Callable[[], None]
 
 
-@dataclass(frozen=True)
-class CaptureCosts:
-    num_graphs: int
-    seconds: float
-    bytes: int  # of device memory: the graphs and their pools
-
-
-def capture(wanted: list[Capture], device: torch.device, report: Callable[[float], None]) -> CaptureCosts:
+def capture(wanted: list[Capture], device: torch.device, report: Callable[[float], None]) -> dict:
     """Makes the graphs, in order: those that need most memory should come first, so that the others fit into it.
 
-    Every kernel must have run before: nothing can be compiled or loaded during a capture.
+    Every kernel must have run before: nothing can be compiled or loaded during a capture. Returns what it cost.
     """
     free_bytes, started_s = torch.cuda.mem_get_info(device)[0], time.perf_counter()
     for done, one in enumerate(wanted):
@@ -84,5 +77,5 @@ def capture(wanted: list[Capture], device: torch.device, report: Callable[[float
                 graph.capture_end()
         one.graphs[one.key] = graph
         report((done + 1) / len(wanted))
-    seconds = time.perf_counter() - started_s
-    return CaptureCosts(len(wanted), seconds, free_bytes - torch.cuda.mem_get_info(device)[0])
+    taken_bytes = free_bytes - torch.cuda.mem_get_info(device)[0]  # by the graphs and their pools
+    return {"num_graphs": len(wanted), "graph_seconds": time.perf_counter() - started_s, "graph_bytes": taken_bytes}

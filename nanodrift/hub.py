@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from nanodrift.config import BLOCK_SIZE, ConfigError, ModelConfig
 
 HERE = Path(__file__).parent
 EMBEDDED = HERE / "embedded"
+CGROUP = Path("/sys/fs/cgroup")
 GIB = 1 << 30
 
 ALIASES = {
@@ -74,43 +74,30 @@ def _download(hub_id: str, load_format: str) -> Path:
     )
 
 
-@dataclass(frozen=True)
-class MemoryNeed:
+def memory_need(config: ModelConfig, itemsize: int, min_kv_tokens: int) -> tuple[int, int]:
     """Bytes that a model takes before the first request: its weights, and the least KV cache it is useful with."""
-
-    weight_bytes: int
-    kv_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes
-
-    @classmethod
-    def of(cls, config: ModelConfig, itemsize: int, min_kv_tokens: int) -> MemoryNeed:
-        num_blocks = -(-min_kv_tokens // BLOCK_SIZE)
-        kv_bytes = num_blocks * BLOCK_SIZE * config.num_kv_values_per_token * itemsize
-        return cls(config.num_parameters * itemsize, kv_bytes)
+    num_kv_tokens = -(-min_kv_tokens // BLOCK_SIZE) * BLOCK_SIZE
+    return config.num_parameters * itemsize, num_kv_tokens * config.num_kv_values_per_token * itemsize
 
 
-def check_memory(config: ModelConfig, dtype, free_bytes: int, min_kv_tokens: int) -> MemoryNeed:
+def check_memory(config: ModelConfig, dtype, free_bytes: int, min_kv_tokens: int) -> None:
     """Compares what the model needs in this torch dtype with what is free; a ConfigError gives both numbers."""
-    need = MemoryNeed.of(config, dtype.itemsize, min_kv_tokens)
-    if need.total_bytes <= free_bytes:
-        return need
-    fitting = {}
+    weight_bytes, kv_bytes = memory_need(config, dtype.itemsize, min_kv_tokens)
+    if weight_bytes + kv_bytes <= free_bytes:
+        return
+    sizes = {}
     for alias in ALIASES:
         other = ModelConfig.from_folder(HERE / "configs" / alias)
-        size = MemoryNeed.of(other, dtype.itemsize, min(min_kv_tokens, other.max_position)).total_bytes
-        if size <= free_bytes:
-            fitting[size] = alias
-    best = fitting[max(fitting)] if fitting else "none; the built-in model may fit"
+        sizes[sum(memory_need(other, dtype.itemsize, min(min_kv_tokens, other.max_position)))] = alias
+    largest = max((size for size in sizes if size <= free_bytes), default=None)
+    best = sizes.get(largest, "none; the built-in model may fit")
     advice = f"The largest alias that fits: {best}."
-    num_fitting_tokens = (free_bytes - need.weight_bytes) // (config.num_kv_values_per_token * dtype.itemsize)
+    num_fitting_tokens = (free_bytes - weight_bytes) // (config.num_kv_values_per_token * dtype.itemsize)
     if num_fitting_tokens >= BLOCK_SIZE:
         advice += f" Or keep this one and lower --max-model-len to {num_fitting_tokens // BLOCK_SIZE * BLOCK_SIZE}."
     raise ConfigError(
-        f"this model needs {need.total_bytes / GIB:.1f} GiB ({need.weight_bytes / GIB:.1f} for weights in "
-        f"{str(dtype).removeprefix('torch.')}, {need.kv_bytes / GIB:.1f} for {min_kv_tokens} tokens of KV cache) and "
+        f"this model needs {(weight_bytes + kv_bytes) / GIB:.1f} GiB ({weight_bytes / GIB:.1f} for weights in "
+        f"{str(dtype).removeprefix('torch.')}, {kv_bytes / GIB:.1f} for {min_kv_tokens} tokens of KV cache) and "
         f"{free_bytes / GIB:.1f} GiB are free. {advice}"
     )
 
@@ -127,8 +114,9 @@ def free_memory_bytes(device) -> int:
     except (OSError, KeyError, ValueError):  # not Linux
         free_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used -= int(stat["active_file"]) + int(stat["inactive_file"])  # cached files, the weights say, give way
         return min(free_bytes, max(limit - used, 0))
-    except (OSError, ValueError):  # no limit ("max"), or no control groups
+    except (OSError, KeyError, ValueError):  # no limit ("max"), or no control groups
         return free_bytes

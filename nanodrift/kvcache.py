@@ -2,7 +2,8 @@
 
 Integers only: no tensors and no clock. A block is in one of three states. *Used*: requests hold it, and it counts how
 many. *Cached*: nobody holds it, but the tree knows which tokens it stands for, so that a later request may take it up
-again. *Free*: neither. ``free + cached + used == num_blocks`` at every moment; ``check`` says so at length.
+again. *Free*: neither. ``free + cached + used == num_blocks`` at every moment; ``check_pool`` of the tests says so at
+length.
 
 The tree has one node per block. A node's key is the block's 64 token ids, compared and not only hashed, and its path
 from the root is everything before them. Two rules keep it sound:

@@ -16,23 +16,15 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nanodrift import hub
 from nanodrift.config import EngineConfig
+from nanodrift.metrics import RequestTimes
 from nanodrift.plan import Logprobs
 from nanodrift.request import Request, SamplingParams
+from nanodrift.server.tokenizer import Detokenizer, load_tokenizer
 from nanodrift.startup import load_engine
-from nanodrift.tokenizer import Detokenizer
 
 Prompt = str | list[int]
-
-
-@dataclass(frozen=True)
-class RequestMetrics:
-    """When things happened, in seconds on the engine's clock."""
-
-    arrival_s: float
-    first_token_s: float | None
-    token_s: tuple[float, ...]
-    finished_s: float | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class RequestOutput:
     token_ids: list[int]
     finish_reason: str  # stop | length | abort
     stop_reason: int | str | None  # the token id or string that ended it
-    metrics: RequestMetrics
+    metrics: RequestTimes  # arrival, every token, and what follows from them
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     logprobs: list[Logprobs] | None = None  # of token_ids, if the params ask for them
     prompt_logprobs: list[Logprobs] | None = None  # of the prompt's tokens but the first, likewise
@@ -69,9 +61,10 @@ class LLM:
             def report(phase: str, done: float) -> None:
                 status.update(f"loading: {phase} {done:.0%}")
 
-            self._loaded = load_engine(model, config, report)
+            folder = hub.resolve_model(model, load_format)
+            self.tokenizer = load_tokenizer(folder, load_format)  # None: prompts are token ids
+            self._loaded = load_engine(folder, config, report)
         self.engine = self._loaded.engine
-        self.tokenizer = self._loaded.tokenizer
         self.model_config = self._loaded.model_config
 
     def generate(
@@ -152,18 +145,19 @@ class LLM:
 
     def _output(self, one: _Running) -> RequestOutput:
         request = one.request
+        reasons = request.finish_reason, request.stop_reason
         if one.detokenizer is not None:
             one.pieces.append(one.detokenizer.finish())
+            if one.detokenizer.stopped_by is not None:  # perhaps by the very last token, when the request had ended
+                reasons = "stop", one.detokenizer.stopped_by
         return RequestOutput(
             prompt=one.prompt,
             prompt_token_ids=request.prompt_token_ids,
             text="".join(one.pieces),
             token_ids=request.output_token_ids,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-            metrics=RequestMetrics(
-                request.arrival_s, request.first_token_s, tuple(request.token_s), request.finished_s
-            ),
+            finish_reason=reasons[0],
+            stop_reason=reasons[1],
+            metrics=RequestTimes.of(request),
             num_cached_tokens=request.num_cached_tokens,
             logprobs=request.logprobs or None,
             prompt_logprobs=request.prompt_logprobs or None,

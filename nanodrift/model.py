@@ -31,9 +31,6 @@ class KVPool:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
-    def bytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
 
 @dataclass
 class LayerState:

@@ -25,6 +25,7 @@ from nanodrift.kernels import sample as samplers
 from nanodrift.kernels import swiglu as swiglus
 
 MAX_SKINNY_TOKENS = skinny_gemms.MAX_SKINNY_TOKENS
+num_splits = skinny_gemms.num_splits  # (T, width, depth, num_sms) -> S of a [T, depth] x [width, depth] product
 IN_PROMPT = penalties.IN_PROMPT
 
 
@@ -35,9 +36,6 @@ class Scratch:
         self.buffers = {  # zeros, since decode attention counts arrivals in its buffer and leaves them at zero
             name: torch.zeros(count, dtype=dtypes[name], device=device) for name, count in num_elements.items()
         }
-
-    def bytes(self) -> int:
-        return sum(b.numel() * b.element_size() for b in self.buffers.values())
 
 
 @dataclass
@@ -151,10 +149,10 @@ def attn_decode(q, k_cache, v_cache, block_table, rows, context_lens, scale, out
     return _run(lane, run, reference, q, k_cache, v_cache, block_table, rows, context_lens, **options)
 
 
-def sample(logits, rows, positions, temperature, seed, last_token, next_position, lane, out=None):
-    """Draws a token from each row of logits [Q, V] into out [Q] and the rows' tables; see kernels/sample.py."""
+def sample(logits, rows, positions, temperature, seed, last_token, next_position, lane):
+    """Draws a token from each row of logits [Q, V] -> [Q], and into the rows' tables; see kernels/sample.py."""
     tables = (temperature, seed, last_token, next_position)
-    return _run(lane, samplers.sample, samplers.sample_reference, logits, rows, positions, *tables, out=out)
+    return _run(lane, samplers.sample, samplers.sample_reference, logits, rows, positions, *tables)
 
 
 def filter_logits(logits, rows, positions, temperature, top_k, top_p, min_p, lane):
@@ -188,14 +186,9 @@ def _gemm(x, w, bias, residual, out, lane):
 
 def _skinny_partials(x, w, bias, lane):
     num_tokens, width = x.shape[0], w.shape[0]
-    splits = skinny_gemms.num_splits(num_tokens, width, x.shape[1], lane.num_sms)
+    splits = num_splits(num_tokens, width, x.shape[1], lane.num_sms)
     out = lane.take("partials", (splits, num_tokens, width), x, torch.float32)  # [S, T, N]
     return skinny_gemms.gemm_skinny(x, w, bias=bias, out=out, num_sms=lane.num_sms, num_splits=splits)
-
-
-def num_splits(num_tokens: int, width: int, depth: int, num_sms: int) -> int:
-    """Partials that ``linear_partials`` and ``linear_add_norm`` make of a [T, depth] x [width, depth] product."""
-    return skinny_gemms.num_splits(num_tokens, width, depth, num_sms)
 
 
 def decode_scratch_elements(num_heads: int, num_kv_heads: int, head_dim: int, num_sms: int) -> int:

@@ -39,6 +39,12 @@ class Partition:
     decode_sms: int
     is_shared: bool = False
 
+    def sms_of(self, lane: Lane) -> int:
+        return self.prefill_sms if lane is Lane.PREFILL else self.decode_sms
+
+
+FLAGS = ("has_filter", "has_penalty", "has_logprobs")  # of RowParams, and of a step that has such a row
+
 
 @dataclass(frozen=True)
 class RowParams:
@@ -120,6 +126,10 @@ class PrefillWork:
     @property
     def num_tokens(self) -> int:
         return sum(len(s.token_ids) for s in self.slices)
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        return tuple(s.request_id for s in self.slices)
 
     @property
     def sampled_ids(self) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ class SamplingParams:
             check(is_number and low <= value <= high, f"{name} must lie between {low} and {high}, got {value!r}")
         for name in ("top_k", "max_tokens", "min_tokens"):
             value = getattr(self, name)
-            check(isinstance(value, int) and not isinstance(value, bool), f"{name} must be an integer, got {value!r}")
+            check(type(value) is int, f"{name} must be an integer, got {value!r}")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             is_ok = value is None or (type(value) is int and 0 <= value <= MAX_LOGPROBS)
@@ -70,26 +70,17 @@ class SamplingParams:
         check(self.top_p > 0, "top_p must lie above 0")
         check(self.top_k >= 0, f"top_k must be 0 (off) or a positive integer, got {self.top_k}")
         check(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
-        check(
-            0 <= self.min_tokens <= self.max_tokens,
-            f"min_tokens must lie between 0 and max_tokens ({self.max_tokens}), got {self.min_tokens}",
-        )
-        stops = self.stop_strings
-        check(
-            len(stops) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} stop strings are supported, got {len(stops)}"
-        )
+        least, most = self.min_tokens, self.max_tokens
+        check(0 <= least <= most, f"min_tokens must lie between 0 and max_tokens ({most}), got {least}")
+        stops, most = self.stop_strings, MAX_STOP_STRINGS
+        check(len(stops) <= most, f"at most {most} stop strings are supported, got {len(stops)}")
         check(all(isinstance(s, str) and s for s in stops), "every stop string must be a non-empty string")
         ids = self.stop_token_ids or []
-        check(
-            all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids),
-            f"stop_token_ids must be non-negative integers, got {ids!r}",
-        )
+        is_sound = all(type(i) is int and i >= 0 for i in ids)
+        check(is_sound, f"stop_token_ids must be non-negative integers, got {ids!r}")
         check(len(ids) <= MAX_STOP_TOKEN_IDS, f"at most {MAX_STOP_TOKEN_IDS} stop_token_ids are supported")
-        seed = self.seed
-        check(
-            seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63),
-            f"seed must be a 64-bit integer or None, got {seed!r}",
-        )
+        is_sound = self.seed is None or (type(self.seed) is int and -(2**63) <= self.seed < 2**63)
+        check(is_sound, f"seed must be a 64-bit integer or None, got {self.seed!r}")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

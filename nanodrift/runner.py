@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
@@ -17,17 +16,12 @@ from nanodrift import ops
 from nanodrift.batch import Batch, PassShape, Rows, Upload, lay_out, num_ints, pack
 from nanodrift.model import KVPool, Model
 from nanodrift.ops import LaneResources
-from nanodrift.plan import MAX_FUSED_SLICES, DecodeWork, FusedWork, Logprobs, Partition, PrefillWork, Work
+from nanodrift.plan import FLAGS, MAX_FUSED_SLICES, DecodeWork, FusedWork, Logprobs, Partition, PrefillWork, Work
 from nanodrift.request import MAX_LOGPROBS
 
 ANSWER_WIDTH = 2 + 2 * MAX_LOGPROBS  # ints of a token that comes with logprobs
 MAX_WASTE = 1.25  # work is not padded by more than this ...
 MAX_FREE_TOKENS = 512  # ... beyond so many tokens: below, a pass takes longer to launch than to run
-
-
-class Graph(Protocol):
-    def replay(self) -> None:
-        """Enqueues what was captured on the current stream."""
 
 
 @dataclass
@@ -55,7 +49,7 @@ class Runner:
         self.model, self.kv, self.rows, self.lane = model, kv, rows, lane
         self.partition: Partition | None = None
         self.shapes: tuple[PassShape, ...] = ()  # small ones first
-        self.graphs: dict[tuple, Graph] = {}
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self.num_layers = model.config.num_layers
         self.state = model.new_state(max_tokens)
         self._aside_state = model.new_state(max_tokens)
@@ -71,6 +65,12 @@ class Runner:
         self._logprobs = torch.empty_like(self.logits)  # [Q, V]
 
     # ---- work --------------------------------------------------------------------------------------------------
+
+    def carry_out(self, work: Work, upload: Upload) -> torch.Tensor | None:
+        """Any kind of work. What it returns lies on the device; ``read_answer`` says what it means."""
+        if isinstance(work, PrefillWork):
+            return self.prefill(work, upload)
+        return self.fused(work, upload) if isinstance(work, FusedWork) else self.decode(work, upload)
 
     def prefill(self, work: PrefillWork, upload: Upload) -> torch.Tensor | None:
         """Runs layers [first, last) of a chunk; its last piece returns the sampled tokens [Q] int32."""
@@ -191,21 +191,19 @@ class Runner:
         """Tokens from the first rows of ``logits``: of the prompts that end, then of the decoding rows."""
         ended = [s for s in prefill.slices if s.params is not None] if prefill else []
         self.rows.set_params([(s.row, s.params) for s in ended], upload)
-        num = len(ended) + (len(decode.rows) if decode else 0)
         first = len(decode.rows) if decode else 0  # of the prompts' tokens
+        num = len(ended) + first
         wants_prompt = prefill is not None and any(s.next_token_ids for s in prefill.slices)
         if num == 0:
             return self._score_prompts(batch, prefill, first, upload) if wants_prompt else None
-        has_filter = any(s.params.has_filter for s in ended) or (decode is not None and decode.has_filter)
-        has_ban = any(s.params.min_position > s.end for s in ended) or (decode is not None and decode.has_ban)
+        flags = {flag: any(getattr(s.params, flag) for s in ended) or getattr(decode, flag, False) for flag in FLAGS}
+        flags["has_ban"] = any(s.params.min_position > s.end for s in ended) or getattr(decode, "has_ban", False)
+        flags["has_logprobs"] |= wants_prompt
         if prefill is None:  # of rows that decode again and again, the device alone knows the positions
             rows, positions = batch.decode_rows, batch.positions
         else:
             rows, positions = batch.sample_rows, batch.sample_positions
-        has_penalty = any(s.params.has_penalty for s in ended) or (decode is not None and decode.has_penalty)
-        has_logprobs = any(s.params.has_logprobs for s in ended) or (decode is not None and decode.has_logprobs)
-        sources = (self.logits[:num], rows[:num], positions[:num])
-        answer = self.sample(*sources, has_filter, has_ban, has_penalty, has_logprobs or wants_prompt)
+        answer = self.sample(self.logits[:num], rows[:num], positions[:num], **flags)
         return torch.cat((answer, self._score_prompts(batch, prefill, first, upload))) if wants_prompt else answer
 
     def sample(
@@ -215,9 +213,8 @@ class Runner:
         positions: torch.Tensor,
         has_filter: bool,
         has_ban: bool,
-        has_penalty: bool = False,
-        has_logprobs: bool = False,
-        out: torch.Tensor | None = None,
+        has_penalty: bool,
+        has_logprobs: bool,
     ) -> torch.Tensor:
         """Draws the next token of each row from logits [Q, V] and writes it into the row.
 
@@ -234,7 +231,7 @@ class Runner:
             limits = (tables.temperature, tables.top_k, tables.top_p, tables.min_p)
             ops.filter_logits(logits, rows, positions, *limits, lane)
         state = (tables.temperature, tables.seed, tables.last_token, tables.next_position)
-        token_ids = ops.sample(logits, rows, positions, *state, lane, out=out)
+        token_ids = ops.sample(logits, rows, positions, *state, lane)
         if has_penalty:
             tables.penalties.count_output(rows, token_ids)
         return _with_logprobs(token_ids, logprobs) if has_logprobs else token_ids

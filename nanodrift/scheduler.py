@@ -30,6 +30,7 @@ from nanodrift.dispatch import Decision, Load, Mode, Policy
 from nanodrift.flight import Chunk, Flight
 from nanodrift.kvcache import BlockPool
 from nanodrift.plan import (
+    FLAGS,
     MAX_FUSED_SLICES,
     MAX_OPEN_CHUNKS,
     Completion,
@@ -48,7 +49,6 @@ from nanodrift.request import Request, RequestState, TokenEvent
 from nanodrift.waiting import Waiting, may_overtake
 
 HEADROOM = 0.01  # of the TBT, for what no prediction knows: the host's part, and rounding
-FLAGS = ("has_filter", "has_penalty", "has_logprobs")  # of RowParams, and of a step that has such a row
 MAX_IN_FLIGHT = 2  # on each lane: step n + 1 is launched before the host has read step n
 
 
@@ -154,17 +154,12 @@ class Scheduler:
         work = ticket.work
         self._flight.launch(ticket, self._predicted_s(work))
         for part in work.parts:
-            requests = self._requests_of(part)
-            for request in requests:
-                request.num_in_flight += 1
-            if isinstance(part, DecodeWork):
-                for request in requests:
-                    request.num_launched_tokens += 1
-                continue
-            for request in [self.requests[request_id] for request_id in part.sampled_ids]:
-                request.num_launched_tokens += 1
-                if ticket.partition.is_shared or part is not work:
-                    self._merge(request)
+            for request_id in part.request_ids:
+                self.requests[request_id].num_in_flight += 1
+            for request_id in part.sampled_ids:
+                self.requests[request_id].num_launched_tokens += 1
+                if isinstance(part, PrefillWork) and (ticket.partition.is_shared or part is not work):
+                    self._merge(self.requests[request_id])
 
     def on_complete(self, completion: Completion) -> list[TokenEvent]:
         """Takes in the sampled tokens, merges prefilled requests into the decode batch, ends what has to end."""
@@ -172,7 +167,7 @@ class Scheduler:
         events, touched = [], []
         self._flight.complete(ticket, now_s)
         for part in ticket.work.parts:
-            touched += self._requests_of(part)
+            touched += [self.requests[request_id] for request_id in part.request_ids]
             if isinstance(part, PrefillWork) and part.is_last:
                 self._note_written(part)
         for request in touched:
@@ -183,11 +178,11 @@ class Scheduler:
         for (request_id, token_id), logprobs in zip(completion.tokens, all_logprobs):  # noqa: B905
             request = self.requests[request_id]
             request.num_launched_tokens -= 1
-            if request.state is not RequestState.FINISHED:  # else it ended while this was in flight
+            if not request.is_finished:  # else it ended while this was in flight
                 self._merge(request)
                 events.append(self._take_token(request, token_id, logprobs, now_s))
         for request in touched:
-            if request.state is RequestState.FINISHED:
+            if request.is_finished:
                 self._release_if_idle(request)
         return events
 
@@ -200,9 +195,10 @@ class Scheduler:
     def _decide(self, now_s: float) -> None:
         """Asks the policy how the lanes are to share the device, unless nothing has changed since it was asked."""
         sizes = len(self.waiting), len(self.prefilling), self._flight.num_pieces, len(self._open)
-        if self._decided == (now_s, self._decode, self._num_batches, sizes):
+        asked = now_s, self._decode, self._num_batches, sizes
+        if self._decided == asked:
             return
-        self._decided = (now_s, self._decode, self._num_batches, sizes)
+        self._decided = asked
         prompts = self._prompts(now_s)
         num_tokens, start = sum(n for n, _ in prompts), prompts[0][1] if prompts else 0
         tbt_s = self._tbt_s - self._waited_s if self._decode.batch else math.inf
@@ -391,8 +387,7 @@ class Scheduler:
             return None
         self._num_batches += 1
         self._newest = tuple(slices)
-        num_tokens = sum(len(s.token_ids) for s in slices)
-        return Chunk(self._num_batches, self._newest, tuple(new_blocks), num_tokens)
+        return Chunk(self._num_batches, self._newest, tuple(new_blocks))
 
     def _fits(self, request: Request, num_kept_blocks: int = 0) -> bool:
         """There is a row and room for it, and a block more for everybody under way: two if blocks ran out lately.
@@ -413,7 +408,8 @@ class Scheduler:
             return None
         if self._open:  # it need wait for the rest of this chunk only, and would have to make one of its own
             chunk = self._open[-1]
-            num_ahead = chunk.num_tokens * (self.num_layers - chunk.next_layer) / self.num_layers
+            num_tokens = sum(len(s.token_ids) for s in chunk.slices)
+            num_ahead = num_tokens * (self.num_layers - chunk.next_layer) / self.num_layers
         else:
             num_ahead = sum(r.num_tokens - r.num_computed_tokens for r in self.prefilling)
         if (self._open and request.num_new_tokens > self.max_prefill_tokens) or not self._fits(request):
@@ -481,7 +477,7 @@ class Scheduler:
             return
         for chunk in self._open:
             in_chunk = [self.requests[s.request_id] for s in chunk.slices]
-            if any(other is request for other in in_chunk):
+            if request in in_chunk:
                 if all(other.is_finished for other in in_chunk):  # its other layers need not run
                     self._open.remove(chunk)
                     for other in in_chunk:
@@ -490,11 +486,6 @@ class Scheduler:
         if request.row is not None:
             self._give_back(request)
         del self.requests[request.request_id]
-
-    def _requests_of(self, work: PrefillWork | DecodeWork) -> list[Request]:
-        if isinstance(work, DecodeWork):
-            return [self.requests[request_id] for request_id in work.request_ids]
-        return [self.requests[s.request_id] for s in work.slices]
 
     def _queue_of(self, request: Request) -> list[Request]:
         return {

@@ -33,8 +33,6 @@ class Span:
 class _InFlight:
     ticket: Ticket
     remaining_s: float  # of work alone on its SMs
-    prefill_sms: int
-    decode_sms: int
     started_s: float | None = None
 
 
@@ -70,7 +68,7 @@ class SimExecutor:
         self._num_tickets += 1
         ticket = Ticket(self._num_tickets, work, partition, self.clock.now())
         solo_s = self._cost.work_s(work, partition.prefill_sms, partition.decode_sms)
-        self._queue.append(_InFlight(ticket, solo_s, partition.prefill_sms, partition.decode_sms))
+        self._queue.append(_InFlight(ticket, solo_s))
         return ticket
 
     def wait(self, until_s: float | None) -> list[Completion]:
@@ -98,30 +96,29 @@ class SimExecutor:
             self.clock.advance_to(until_s)
         return done
 
+    def counters(self) -> dict[str, int | float]:
+        return {}
+
     def close(self) -> None:
         self._queue.clear()
 
     def _running(self) -> list[_InFlight]:
         """What is not behind anything: lanes run in launch order, and no two pieces of work hold the same SMs."""
-        running: list[_InFlight] = []
-        for index, entry in enumerate(self._queue):
-            if not any(self._must_follow(entry, earlier) for earlier in self._queue[:index]):
-                running.append(entry)
-        return running
+        queue = self._queue
+        return [e for i, e in enumerate(queue) if not any(self._must_follow(e, earlier) for earlier in queue[:i])]
 
     def _must_follow(self, entry: _InFlight, earlier: _InFlight) -> bool:
-        lanes = entry.ticket.work.lanes
-        other_lanes = earlier.ticket.work.lanes
+        lanes, other_lanes = entry.ticket.work.lanes, earlier.ticket.work.lanes
         if set(lanes) & set(other_lanes):
             return True
-        sms = {Lane.PREFILL: entry.prefill_sms, Lane.DECODE: entry.decode_sms}[lanes[0]]
-        other_sms = {Lane.PREFILL: earlier.prefill_sms, Lane.DECODE: earlier.decode_sms}[other_lanes[0]]
-        return sms + other_sms > self._cost.profile.num_sms
+        num_sms = entry.ticket.partition.sms_of(lanes[0]) + earlier.ticket.partition.sms_of(other_lanes[0])
+        return num_sms > self._cost.profile.num_sms
 
     def _slowdown(self, entry: _InFlight, running: list[_InFlight]) -> float:
         if len(running) == 1:
             return 1.0
-        works = {e.ticket.work.lanes[0]: e for e in running}
-        prefill, decode = works[Lane.PREFILL], works[Lane.DECODE]
-        cell = Cell.of(PrefillLoad.of(prefill.ticket.work.slices), DecodeLoad.of(decode.ticket.work), decode.decode_sms)
+        works = {e.ticket.work.lanes[0]: e.ticket for e in running}
+        prefill, decode = works[Lane.PREFILL].work, works[Lane.DECODE].work
+        decode_sms = works[Lane.DECODE].partition.decode_sms
+        cell = Cell.of(PrefillLoad.of(prefill.slices), DecodeLoad.of(decode), decode_sms)
         return self._guard.factor(entry.ticket.work.lanes[0], cell).mean

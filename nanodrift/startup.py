@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nanodrift import hub
-from nanodrift.baselines import Turns, make_policy
+from nanodrift.baselines import make_policy
 from nanodrift.config import BLOCK_SIZE, ConfigError, EngineConfig, ModelConfig
 from nanodrift.cost import CostModel, Guard, Observer, Profile, find_profile, h200_prior, prior_for, read_profile
 from nanodrift.cpu import CpuExecutor
@@ -25,7 +25,6 @@ from nanodrift.kvcache import blocks_for
 from nanodrift.model import Model
 from nanodrift.partition import DECODE_SMS
 from nanodrift.scheduler import Scheduler
-from nanodrift.tokenizer import MissingTokenizer, Tokenizer
 from nanodrift.weights import dummy_weights, load_weights, resolve_dtype
 
 CPU_KV_BYTES = 1 << 30  # what the cache takes on a CPU unless num_kv_blocks says otherwise
@@ -42,7 +41,6 @@ class LoadedEngine:
     """An engine that is ready, and what people want to know about it."""
 
     engine: Engine
-    tokenizer: Tokenizer | None  # None: the folder has none, so prompts are token ids
     model_config: ModelConfig
     folder: Path
     device: torch.device
@@ -55,7 +53,7 @@ class LoadedEngine:
     phases_s: dict[str, float] = field(default_factory=dict)
 
 
-def load_engine(model: str | None, config: EngineConfig, report: Report | None = None) -> LoadedEngine:
+def load_engine(model: str | Path | None, config: EngineConfig, report: Report | None = None) -> LoadedEngine:
     """Loads an alias, a hub id, a folder, or None: the embedded model. Raises ConfigError that says what to do."""
     report = report or (lambda phase, done: None)
     phases_s: dict[str, float] = {}
@@ -71,12 +69,6 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
     device = resolve_device(config.device)
     folder = hub.resolve_model(model, config.load_format)
     model_config = ModelConfig.from_folder(folder, config.max_model_len)
-    try:
-        tokenizer = Tokenizer.from_folder(folder)
-    except MissingTokenizer:
-        if config.load_format != "dummy":
-            raise
-        tokenizer = None
     dtype = resolve_dtype(config.dtype, model_config, device)
     max_model_len = _resolve_max_model_len(config.max_model_len, model_config)
     hub.check_memory(model_config, dtype, hub.free_memory_bytes(device), min_kv_tokens=max_model_len)
@@ -133,7 +125,6 @@ def load_engine(model: str | None, config: EngineConfig, report: Report | None =
     )
     return LoadedEngine(
         engine=engine,
-        tokenizer=tokenizer,
         model_config=model_config,
         folder=folder,
         device=device,
@@ -165,9 +156,6 @@ def choose_policy(config: EngineConfig, executor: Executor, cost: CostModel, gua
     """The policy that the config names, for the partitions that there are. Raises ConfigError if it cannot run here."""
     is_divided = len(executor.partitions) > 1
     name = config.policy if config.policy != "auto" else "mux" if is_divided else "turns"
-    if name == "turns":
-        layers = config.prefill_layers or executor.num_layers
-        return Turns(executor.partitions[0], config.max_prefill_tokens, layers)
     if not is_divided and name not in UNDIVIDED_POLICIES:
         raise ConfigError(
             f"policy {name!r} divides the SMs of a GPU, which {executor.device_name} cannot; use one of "
@@ -178,7 +166,7 @@ def choose_policy(config: EngineConfig, executor: Executor, cost: CostModel, gua
             name, cost, guard, executor.partitions,
             max_prefill_tokens=config.max_prefill_tokens,
             modes=tuple(Mode(mode) for mode in config.modes.split(",")),
-            budget_tokens=config.chunk_tokens, decode_sms=config.decode_sms,
+            layers=config.prefill_layers, budget_tokens=config.chunk_tokens, decode_sms=config.decode_sms,
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from None

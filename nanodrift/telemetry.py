@@ -65,9 +65,9 @@ class Telemetry:
         self._requests, self._partitions = requests, partitions
         self._sides = {lane: _Side() for lane in Lane}
         self._shape: tuple[Mode, Partition] | None = None  # of the newest launch
-        self._newest = {"decode_batch": 0, "chunk_tokens": 0, "tbt_predicted_seconds": 0.0}
-        self._counts = {"repartitions_total": 0, "unmeetable_steps_total": 0, "merges_total": 0}
-        self._gaps = {"merge_gap_seconds_total": 0.0, "merge_gap_seconds_max": 0.0}
+        self._figures = {"decode_batch": 0, "chunk_tokens": 0, "tbt_predicted_seconds": 0.0}
+        self._figures |= {"repartitions_total": 0, "unmeetable_steps_total": 0, "merges_total": 0}
+        self._figures |= {"merge_gap_seconds_total": 0.0, "merge_gap_seconds_max": 0.0}
         self._residency: dict[tuple[Mode, Partition], float] = {}
         self._seen_s, self._hole = -math.inf, (0.0, 0.0)  # booked up to here, except for the newest idle stretch
         self._first_token_s: dict[str, float] = {}  # of requests whose second token has not come yet
@@ -75,14 +75,14 @@ class Telemetry:
     def on_launch(self, ticket: Ticket, decision: Decision) -> None:
         work, shape = ticket.work, (mode_of(ticket.work, ticket.partition), ticket.partition)
         if shape != self._shape:
-            self._counts["repartitions_total"] += self._shape is not None
+            self._figures["repartitions_total"] += self._shape is not None
             self._shape = shape
         for part in work.parts:
             if isinstance(part, DecodeWork):
-                self._newest |= {"decode_batch": len(part.rows), "tbt_predicted_seconds": decision.step_s}
-                self._counts["unmeetable_steps_total"] += decision.is_unmeetable
+                self._figures |= {"decode_batch": len(part.rows), "tbt_predicted_seconds": decision.step_s}
+                self._figures["unmeetable_steps_total"] += decision.is_unmeetable
             else:
-                self._newest["chunk_tokens"] = part.num_tokens
+                self._figures["chunk_tokens"] = part.num_tokens
 
     def on_complete(self, completion: Completion) -> None:
         """Completions come in about the order of their ends, which are when the host saw them: a little late."""
@@ -117,18 +117,14 @@ class Telemetry:
             "num_sms": self._partitions[0].decode_sms,
             "has_partitions": len(self._partitions) > 1,
             "residency": [[m.value, p.prefill_sms, p.decode_sms, seconds] for (m, p), seconds in residency],
-            **self._newest,
-            **self._counts,
-            **self._gaps,
+            **self._figures,
             **lanes,
         }
 
     def _book(self, part: PrefillWork | DecodeWork, mode: Mode, busy_s: float, end_s: float) -> None:
         side, other = self._sides[part.lanes[0]], self._sides[OTHER[part.lanes[0]]]
-        if isinstance(part, DecodeWork):
-            request_ids, has_waited = frozenset(part.request_ids), False
-        else:
-            request_ids = frozenset(piece.request_id for piece in part.slices)
+        request_ids, has_waited = frozenset(part.request_ids), False
+        if isinstance(part, PrefillWork):
             has_waited = any(i in self._requests and self._requests[i].arrival_s <= side.end_s for i in request_ids)
         if has_waited or not request_ids.isdisjoint(side.request_ids):
             side.bubble_s += max(0.0, end_s - busy_s - side.end_s - (other.whole_chip_s - side.other_whole_chip_s))
@@ -153,9 +149,9 @@ class Telemetry:
         for request_id, _ in completion.tokens:
             if (first_s := self._first_token_s.pop(request_id, None)) is not None:
                 gap_s = completion.finished_s - first_s
-                self._counts["merges_total"] += 1
-                self._gaps["merge_gap_seconds_total"] += gap_s
-                self._gaps["merge_gap_seconds_max"] = max(self._gaps["merge_gap_seconds_max"], gap_s)
+                self._figures["merges_total"] += 1
+                self._figures["merge_gap_seconds_total"] += gap_s
+                self._figures["merge_gap_seconds_max"] = max(self._figures["merge_gap_seconds_max"], gap_s)
         if first:  # and who has ended in between is forgotten
             waiting = {i: s for i, s in self._first_token_s.items() if i in self._requests}
             self._first_token_s = waiting | dict.fromkeys(first, completion.finished_s)

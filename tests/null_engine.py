@@ -82,6 +82,13 @@ class NullEngine:
     num_aborted: int = 0
     started_s: float = field(default_factory=time.monotonic)
 
+    @property
+    def executor(self):
+        return self  # it is its own machine, and ...
+
+    def counters(self):
+        return {"num_compilations": 0, "num_cuda_mallocs": 0, "graph_bytes": 0}
+
     def new_request(self, prompt_token_ids, params, *, request_id, arrival_s, slo, cache_salt, priority):
         bad = next((token for token in prompt_token_ids if token >= VOCAB_SIZE), None)
         if bad is not None:

@@ -27,7 +27,7 @@ from nanodrift.server.client import MAX_QUEUE, EngineClient
 from nanodrift.server.connection import Connection, http_server
 from nanodrift.server.served import Served
 from nanodrift.server.telemetry import Telemetry
-from nanodrift.tokenizer import Tokenizer
+from nanodrift.server.tokenizer import Tokenizer
 
 NULL_ENGINE = (sys.executable, str(Path(__file__).with_name("null_engine.py")))
 ROOT = Path(__file__).resolve().parents[1]

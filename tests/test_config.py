@@ -155,3 +155,9 @@ def test_engine_options():
         EngineConfig.from_options(max_num_seq=8)
     with pytest.raises(ConfigError, match="memory_fraction"):
         EngineConfig(memory_fraction=1.5)
+    for device in ("cuda:x", "cuda:-1", "gpu"):
+        with pytest.raises(ConfigError, match="auto, cpu, cuda or cuda:N"):
+            EngineConfig(device=device)
+    for name in ("max_num_seqs", "prefill_layers", "num_kv_blocks"):
+        with pytest.raises(ConfigError, match=f"{name} must be at least 1"):
+            EngineConfig(**{name: 0})

@@ -31,6 +31,14 @@ def test_it_is_short_and_names_every_file():
     assert named <= known
 
 
+def test_its_order_is_that_of_the_file_tree():
+    tree = (ROOT / "README.md").read_text().partition("<!-- tree -->")[2].partition("server/")[0]
+    table = re.findall(r"^\| ([\w., ]+\.py) \|", TEXT, re.MULTILINE)
+    listed = list(dict.fromkeys(name for cell in table for name in cell.split(", ")))
+    in_tree = [name for name in re.findall(r"\b(\w+\.py)\b", tree) if name in FILES]
+    assert sorted(listed, key=in_tree.index) == listed and set(listed) == set(in_tree)
+
+
 @pytest.mark.parametrize(
     "row", [line for line in TEXT.splitlines() if re.match(r"\| \w+\.py", line)], ids=lambda row: row[:30]
 )

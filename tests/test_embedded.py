@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from nanodrift import hub
 from nanodrift.config import ModelConfig
 from nanodrift.embedded import make
-from nanodrift.tokenizer import Tokenizer
+from nanodrift.server.tokenizer import Tokenizer
 from nanodrift.weights import load_weights
 
 CHAT = [

@@ -220,6 +220,21 @@ def test_the_embedded_model_tells_the_same_story_from_the_cache():
     assert stories[0] == 0 and stories[2] >= 64, stories
 
 
+def test_a_stop_string_is_the_reason_even_with_the_last_token_and_an_engine_seed_may_be_large():
+    from nanodrift import LLM
+
+    with LLM(device="cpu", max_num_seqs=4, seed=2**63 - 1) as llm:
+        greedy = SamplingParams(temperature=0, max_tokens=8)
+        (whole,) = llm.generate("Once upon a time", greedy, progress=False)
+        last = llm.tokenizer.decode(whole.token_ids[-1:]).strip()
+        (cut,) = llm.generate("Once upon a time", replace(greedy, stop=last), progress=False)
+        assert (whole.finish_reason, whole.stop_reason) == ("length", None)
+        assert (cut.finish_reason, cut.stop_reason) == ("stop", last) and cut.text == whole.text.removesuffix(last)
+        assert 0 < whole.metrics.ttft_s <= whole.metrics.end_to_end_s
+        (drawn,) = llm.generate("Once upon a time", SamplingParams(max_tokens=2), progress=False)
+        assert len(drawn.token_ids) == 2
+
+
 def test_the_embedded_model_tells_the_same_stories_alone_packed_chunked_and_preempted():
     from nanodrift import LLM
 

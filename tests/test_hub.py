@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from nanodrift.config import ConfigError, ModelConfig
-from nanodrift.hub import ALIASES, EMBEDDED, GIB, check_memory, free_memory_bytes, resolve_model
+from nanodrift.hub import ALIASES, EMBEDDED, GIB, check_memory, free_memory_bytes, memory_need, resolve_model
 from nanodrift.weights import empty_weights, named_places
 
 
@@ -110,10 +110,11 @@ def test_a_hub_that_says_no_is_explained_with_the_ways_out(hub, error, words):
 
 def test_memory_is_compared_with_both_numbers_and_the_largest_alias_that_fits():
     llama = ModelConfig.from_folder(resolve_model("llama-3.1-8b", "dummy"))
-    need = check_memory(llama, torch.bfloat16, 140 * GIB, 8192)
+    weight_bytes, kv_bytes = memory_need(llama, 2, 8192)
+    check_memory(llama, torch.bfloat16, weight_bytes + kv_bytes, 8192)
     places = named_places(empty_weights(llama, torch.device("meta"), torch.bfloat16), llama)
-    assert need.weight_bytes == sum(place.nbytes for place in places.values())
-    assert need.kv_bytes == GIB  # 8,192 tokens of 128 KiB
+    assert weight_bytes == sum(place.nbytes for place in places.values())
+    assert kv_bytes == GIB  # 8,192 tokens of 128 KiB
     numbers = r"needs 16\.0 GiB \(15\.0 for weights in bfloat16, 1\.0 for 8192 tokens.*15\.5 GiB are free"
     with pytest.raises(ConfigError, match=numbers):
         check_memory(llama, torch.bfloat16, int(15.5 * GIB), 8192)
@@ -123,13 +124,23 @@ def test_memory_is_compared_with_both_numbers_and_the_largest_alias_that_fits():
     with pytest.raises(ConfigError, match="largest alias that fits: none"):
         check_memory(llama, torch.float32, GIB, 8192)
     with pytest.raises(ConfigError, match=r"lower --max-model-len to 8192\."):
-        check_memory(llama, torch.bfloat16, need.total_bytes + 1000, 131072)
+        check_memory(llama, torch.bfloat16, weight_bytes + kv_bytes + 1000, 131072)
     small = dataclasses.replace(llama, num_layers=1)
-    assert check_memory(small, torch.bfloat16, 4 * GIB, 1).kv_bytes == 64 * 4096  # a whole block
+    assert memory_need(small, 2, 1)[1] == 64 * 4096  # a whole block
 
 
 def test_free_host_memory_is_a_plausible_number():
     assert 10 << 20 < free_memory_bytes(torch.device("cpu")) < 1 << 50
+
+
+def test_a_containers_limit_holds_and_its_cached_files_count_as_free(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanodrift.hub.CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("9000\n")
+    (tmp_path / "memory.current").write_text("8000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000\nfile 6000\nactive_file 1000\ninactive_file 5000\n")
+    assert free_memory_bytes(torch.device("cpu")) == 7000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory_bytes(torch.device("cpu")) > 10 << 20
 
 
 def test_the_alias_configs_are_the_real_ones():

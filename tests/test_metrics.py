@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanodrift.bench.summary import summarize
 from nanodrift.config import SLO
-from nanodrift.metrics import RequestTimes, attainment, goodput, percentile, summarize
+from nanodrift.metrics import RequestTimes, attainment, goodput, percentile
 from nanodrift.request import Request, RequestState, SamplingParams
 
 property_test = settings(derandomize=True, max_examples=100, deadline=None)

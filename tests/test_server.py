@@ -31,7 +31,7 @@ from nanodrift.config import SLO
 from nanodrift.server import frames, protocol
 from nanodrift.server.logprobs import TokenBytes
 from nanodrift.server.telemetry import Telemetry
-from nanodrift.tokenizer import Tokenizer
+from nanodrift.server.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

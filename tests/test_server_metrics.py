@@ -17,7 +17,7 @@ from nanodrift.dispatch import Mode
 from nanodrift.metrics import RequestTimes
 from nanodrift.plan import Partition
 from nanodrift.server import dashboard
-from nanodrift.server.startup import policy_line, slo_warnings
+from nanodrift.server.startup import policy_line, slo_warnings, split_warnings
 from nanodrift.server.telemetry import Telemetry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,9 +124,18 @@ def test_promises_below_a_bare_step_are_named():
 def test_the_policy_in_a_line():
     cost = CostModel(ModelConfig.from_folder(ROOT / "nanodrift" / "configs" / "llama-3.1-8b"), h200_prior())
     whole, half = Partition(132, 132, is_shared=True), Partition(100, 32)
-    assert policy_line(EngineConfig(), (whole,), cost).endswith("take turns on the whole device")
+    assert policy_line(EngineConfig(), (whole,), cost).startswith("turns: ")
     text = policy_line(EngineConfig(modes="split,fused"), (whole, half), cost)
     assert text.startswith("mux (split,fused); decode on 32 or all 132 SMs") and "not measured" in text
+
+
+def test_halves_that_are_plain_streams_are_said_to_be():
+    plain = SimpleNamespace(reason="the driver refuses green contexts", streams=["half"])
+    [text] = split_warnings(EngineConfig(), plain)
+    assert "the driver refuses green contexts" in text
+    assert split_warnings(EngineConfig(policy="overlap"), plain) == []  # asked for
+    for split in (None, SimpleNamespace(reason="", streams=["half"]), SimpleNamespace(reason="none", streams=[])):
+        assert split_warnings(EngineConfig(), split) == []
 
 
 def test_it_runs_until_it_is_told_to_stop(stats):

@@ -14,7 +14,7 @@ import pytest
 from running_server import PATIENCE_S, ROOT, TOKENIZER, complete, error_of, eventually, program, running
 
 from nanodrift.server import cli, options
-from nanodrift.tokenizer import ChatError, Tokenizer
+from nanodrift.server.tokenizer import ChatError, Tokenizer
 
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanodrift/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 KEY = "right-key"

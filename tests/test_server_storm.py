@@ -166,7 +166,7 @@ def test_r1_ten_thousand_mixed_requests(figures):
 
 @pytest.mark.slow
 def test_r4_a_pool_of_twice_the_longest_request(figures):
-    """200 requests at once in a pool for two of the longest: they are preempted and computed again, and answer alike."""
+    """200 requests at once in a pool for two of the longest: preempted, computed again, and answers alike."""
     draw = random.Random(3)
     asked = [
         {"prompt": [draw.randrange(10, 2000) for _ in range(draw.randrange(1, 60))], "max_tokens": WINDOW - 60}

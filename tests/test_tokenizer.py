@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from nanodrift.config import ConfigError
-from nanodrift.tokenizer import ChatError, Detokenizer, MissingTokenizer, Tokenizer
+from nanodrift.server.tokenizer import ChatError, Detokenizer, MissingTokenizer, Tokenizer
 
 CORPUS = ["the little fox ran over the hill and the sun was warm", "tea for two, tea for the fox: 你好 👋🏽 é"] * 4
 TEMPLATE = """{{ bos_token }}{% for m in messages %}

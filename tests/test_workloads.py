@@ -22,7 +22,7 @@ def test_a_seed_gives_the_same_requests_and_another_seed_others(name):
     first, again, other = (named(name, 60, seed) for seed in (3, 3, 4))
     assert first == again and len(first.samples) == 60
     assert all(sample.num_prompt_tokens >= 1 and sample.num_output_tokens >= 1 for sample in first.samples)
-    assert first.samples != other.samples or name == "random"
+    assert first.samples != other.samples or name in ("random", "steady8k")  # of fixed lengths
 
 
 def test_more_requests_begin_with_the_fewer():

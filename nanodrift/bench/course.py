@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanodrift.bench import explain
 from nanodrift.bench.simulate import simulated_policy
 from nanodrift.config import SLO
-from nanodrift.dispatch import HYSTERESIS, Decision, Dispatcher, Load, Mode, Policy
+from nanodrift.decision import Decision, Load, Mode, Policy
+from nanodrift.dispatch import HYSTERESIS, MERGE_STEPS, Dispatcher
 from nanodrift.executor import Clock
 from nanodrift.plan import DecodeWork, PrefillWork
 
@@ -52,8 +53,8 @@ def moments_of(slo: SLO) -> list[Moment]:
     return moments
 
 
-def ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.1f} ms"
+def ms(seconds: float, digits: int = 2) -> str:
+    return f"{1e3 * seconds:.{digits}f} ms"
 
 
 def longest_gap_s(run: explain.Run) -> float:
@@ -67,7 +68,7 @@ def problem() -> str:
         run = explain.simulate(name, tuple(Mode), slo)
         ttfts = sorted(request.first_token_s - request.arrival_s for request in run.requests)
         late = len(run.late_s())
-        rows.append(f"| `{name}` | {late} | {ms(longest_gap_s(run))} | {ms(sum(ttfts) / len(ttfts))} |\n")
+        rows.append(f"| `{name}` | {late} | {ms(longest_gap_s(run), 1)} | {ms(sum(ttfts) / len(ttfts), 1)} |\n")
     head = f"| policy | tokens later than {slo.tbt_ms:g} ms | longest gap | mean TTFT |\n|---|---:|---:|---:|\n"
     return head + "".join(rows)
 
@@ -82,12 +83,14 @@ def prediction() -> str:
     """One guarded prediction for each partition, at that moment."""
     moment, dispatcher = at_arrival(), _dispatcher()
     load = moment.load
-    _, merged = load.chunk(dispatcher.max_prefill_tokens)
+    chunk, merged = load.chunk(dispatcher.max_prefill_tokens)
     head = (
-        f"At {ms(moment.at_s)} {load.decode.batch} requests decode, {load.decode.context_tokens:,} tokens of context "
-        f"between them, each promised a token every {explain.TBT_MS:g} ms. A prompt of {load.prompt_tokens:,} tokens "
-        "arrives. A decode step beside it would take, on each of the partitions that were made at start:\n\n"
-        "| decode SMs | alone | x guard | = promised | within the TBT | prefill meanwhile |\n"
+        f"At {ms(moment.at_s, 1)} {load.decode.batch} requests decode, {load.decode.context_tokens:,} tokens of "
+        f"context between them, each promised a token every {explain.TBT_MS:g} ms: a step may be planned to take "
+        f"{ms(load.tbt_s)}. A prompt of {load.prompt_tokens:,} tokens arrives; its first chunk has "
+        f"{chunk.num_tokens:,}. A decode step beside it would take, on each of the partitions that were made at "
+        "start:\n\n"
+        f"| decode SMs | alone | x guard, worst | = promised | within {ms(load.tbt_s)} | prefill meanwhile |\n"
         "|---:|---:|---:|---:|---|---:|\n"
     )
     rows, chosen = [], None
@@ -98,13 +101,27 @@ def prediction() -> str:
         cells = (
             f"**{sms}**" if sms == chosen else f"{sms}",
             ms(solo_s),
-            f"{offer.decode_s / solo_s:.2f}",
+            f"{offer.decode_s / solo_s:.3f}",
             ms(offer.decode_s),
             "no" if offer.is_unmeetable else "yes",
             f"{offer.prompt_tokens_per_s:,.0f} tokens/s",
         )
         rows.append(f"| {' | '.join(cells)} |\n")
-    return head + "".join(rows)
+    return f"{head}{''.join(rows)}\n{_at_the_end(load, dispatcher)}"
+
+
+def _at_the_end(load: Load, dispatcher: Dispatcher) -> str:
+    """What the split of this moment comes to when it meets the last chunk of the prompt."""
+    start = (load.prompt_tokens - 1) // dispatcher.max_prefill_tokens * dispatcher.max_prefill_tokens
+    last = replace(load, prompt_tokens=load.prompt_tokens - start, prompt_start=start, prompts=())
+    offers = [dispatcher.split_at(last, partition) for partition in dispatcher.splits]
+    found = next((offer for offer in offers if not offer.is_unmeetable), None)
+    best = found or min(offers, key=lambda offer: offer.step_s)
+    step = f"{MERGE_STEPS} x {ms(best.decode_s)} = {ms(best.step_s)} on {best.partition.decode_sms} SMs"
+    return (
+        f"Where a prompt ends, {MERGE_STEPS} steps must fit (why: see the merge below). For this prompt's last chunk, "
+        f"{last.prompt_tokens:,} tokens, {'some rows do' if found else 'no row does, not even the shortest'}: {step}.\n"
+    )
 
 
 def layers() -> str:
@@ -112,32 +129,67 @@ def layers() -> str:
     load, dispatcher = at_arrival().load, _dispatcher()
     offer = next(o for p in dispatcher.splits if not (o := dispatcher.split_at(load, p)).is_unmeetable)
     prefill_s, num_layers = offer.token_chunk / offer.prompt_tokens_per_s, dispatcher.cost.num_layers
+    chunk, _ = load.chunk(dispatcher.max_prefill_tokens)
+    solo_s = dispatcher.cost.prefill_s(chunk, offer.partition.prefill_sms)
     exact = offer.decode_s * num_layers / prefill_s
     assert min(num_layers, math.ceil(exact)) == offer.layers, "the launch time of a piece decides here: say so"
     return (
-        f"```text\nN_layers = ceil(T_decode x layers / T_prefill) = ceil({ms(offer.decode_s)} x {num_layers} / "
-        f"{ms(prefill_s)}) = ceil({exact:.2f}) = {offer.layers}\n```\n"
+        f"```text\nT_decode  = {ms(offer.decode_s)}, the row in bold\nT_prefill = {ms(solo_s)} alone on "
+        f"{offer.partition.prefill_sms} SMs x {prefill_s / solo_s:.3f}, the guard's mean = {ms(prefill_s)}\n"
+        f"N_layers  = ceil(T_decode x layers / T_prefill) = ceil({1e3 * offer.decode_s:.2f} x {num_layers} / "
+        f"{1e3 * prefill_s:.2f}) = ceil({exact:.2f}) = {offer.layers}\n```\n"
     )
 
 
 def choice() -> str:
-    """The offers of all modes at that moment, and which was taken."""
+    """The offers of all modes at that moment, which was taken, and when another first was."""
     moment, dispatcher = at_arrival(), _dispatcher()
-    rows = []
+    rows, fused = [], None
     for offer in dispatcher.options(moment.load):
+        fused = offer if offer.mode is Mode.FUSED else fused
         cells = (
             f"**{offer.mode.value}**" if offer.mode is moment.decision.mode else offer.mode.value,
-            explain.where(offer),
-            f"{offer.token_chunk}",
+            _where(offer),
+            f"{offer.token_chunk:,}",
             f"{offer.layers}",
             ms(offer.step_s),
             f"{offer.prompt_tokens_per_s:,.0f}",
         )
         rows.append(f"| {' | '.join(cells)} |\n")
-    head = "| mode | where | token chunk | layers a piece | gap promised | prompt tokens/s |\n"
+    head = "| mode | SMs, prefill + decode | token chunk | layers a piece | gap promised | prompt tokens/s |\n"
     head += "|---|---|---:|---:|---:|---:|\n"
-    taken = f"Taken: {moment.decision.mode.value}. Another replaces it when it is better by {HYSTERESIS:.0%}"
-    return f"{head}{''.join(rows)}\n{taken}, or when it no longer keeps the TBT.\n"
+    taken = f"Taken: {moment.decision.mode.value}."
+    if fused:
+        batch = moment.load.decode.batch
+        taken += (
+            f" ({fused.token_chunk} prompt tokens and {batch} of decode are {fused.token_chunk + batch}, a size that a "
+            "CUDA graph was captured for.)"
+        )
+    taken += f" It stays while its mode offers it on the same SMs and no other is better by {HYSTERESIS:.0%}."
+    return f"{head}{''.join(rows)}\n{taken}{_later(moment, dispatcher)}\n"
+
+
+def _later(moment: Moment, dispatcher: Dispatcher) -> str:
+    """The next moment at which another mode was taken."""
+    mode, moments = moment.decision.mode, moments_of(SLO(tbt_ms=explain.TBT_MS))
+    found = next((m for m in moments if m.at_s > moment.at_s and m.decision.mode is not mode), None)
+    if found is None:
+        return ""
+    rates = {offer.mode: f"{offer.prompt_tokens_per_s:,.0f}" for offer in dispatcher.options(found.load)}
+    against = (
+        f"{rates[found.decision.mode]} tokens/s against {rates[mode]}" if mode in rates else "alone within the TBT"
+    )
+    return (
+        f" At {ms(found.at_s, 1)}, {found.load.prompt_start:,} tokens into the prompt, {found.decision.mode.value} is "
+        f"taken: {against}."
+    )
+
+
+def _where(offer: Decision) -> str:
+    if offer.partition.is_shared:
+        return "the whole chip"
+    sms = f"{offer.partition.prefill_sms} + {offer.partition.decode_sms}"
+    return f"the whole chip, attention {sms}" if offer.mode is Mode.FUSED else sms
 
 
 def merge() -> str:
@@ -150,15 +202,18 @@ def merge() -> str:
     request = next(request for request in run.requests if request.request_id == name)
     joined = next(step for step in steps if name in step.ticket.work.request_ids)
     last = next((s for s in reversed(steps) if s.started_s < ended.finished_s and s is not joined), None)
+    sums = ""
     if last.finished_s > ended.finished_s:
+        left_s, step_s = joined.started_s - ended.finished_s, joined.finished_s - joined.started_s
+        sums = f": {ms(left_s)} that were left of the running step, and {ms(step_s)} of its own"
         meanwhile = f"A decode step is running until {ms(last.finished_s)}; nobody stops it"
     else:
         meanwhile = f"The decode lane's last step ended at {ms(last.finished_s)}; the next one was held back for {name}"
     return (
-        f"Under `--policy static` the last layers of request {name} end at "
-        f"{ms(ended.finished_s)}, on {ended.ticket.partition.prefill_sms} SMs: its first token. {meanwhile}. The step "
-        f"from {ms(joined.started_s)} to {ms(joined.finished_s)} takes {name} in: {len(joined.ticket.work.rows)} rows. "
-        f"The first gap of {name} is {ms(request.token_s[1] - request.token_s[0])}.\n"
+        f"Under `--policy static` the last layers of request {name} end at {ms(ended.finished_s)}, on "
+        f"{ended.ticket.partition.prefill_sms} SMs: its first token. {meanwhile}. The step from {ms(joined.started_s)} "
+        f"to {ms(joined.finished_s)} takes {name} in: {len(joined.ticket.work.rows)} rows. The first gap of {name} is "
+        f"{ms(request.token_s[1] - request.token_s[0])}{sums}.\n"
     )
 
 

@@ -10,8 +10,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nanodrift.bench.summary import summarize
 from nanodrift.engine import Engine
-from nanodrift.metrics import RequestTimes, summarize
+from nanodrift.metrics import RequestTimes
 from nanodrift.request import Request, SamplingParams
 
 Advance = Callable[[int], None]  # told after every step how many requests it finished

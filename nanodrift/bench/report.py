@@ -15,9 +15,10 @@ from statistics import fmean
 
 from nanodrift.bench.goodput import is_saturated
 from nanodrift.bench.load import INTERRUPTED, Record, duration_s
+from nanodrift.bench.summary import summarize
 from nanodrift.bench.workloads import Workload
 from nanodrift.config import SLO
-from nanodrift.metrics import RequestTimes, attainment, percentile, summarize
+from nanodrift.metrics import RequestTimes, attainment, percentile
 
 CDF_PERCENTS = (*range(1, 100), 99.5, 99.9, 100)
 FEW_REQUESTS = 500  # below it, a P99 over requests is one of the four or five slowest

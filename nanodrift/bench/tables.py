@@ -6,7 +6,8 @@ A pair of comments names what stands between them, and ``python bench.py tables`
     <!-- /table -->
 
 Kinds: ``decode`` and ``prefill`` (a latency run, and peers to stand beside it), ``throughput`` (any number of runs),
-``serve`` (the server's start-up and streams), ``online`` (arrival lists that peers were measured on, collected by
+``serve`` (the server's start-up and streams), ``policies`` (the points of a sweep), ``memory`` (a trace with the prefix
+cache and without, a long prompt among users), ``online`` (arrival lists that peers were measured on, collected by
 bench.py peers), ``conditions`` (what runs and peers were measured on), ``figure`` (decode and prefill drawn as
 results/<run>.svg).
 """
@@ -42,7 +43,7 @@ def regenerate(root: Path) -> dict[Path, str]:
 
     def fill(match: re.Match) -> str:
         opening, kind, names, _, closing = match.groups()
-        runs = [json.loads((root / name).read_text()) for name in names.split()]
+        runs = [read(root / name) for name in names.split()]
         if kind == "figure":
             path = (root / names.split()[0]).with_suffix(".svg")
             files[path] = figure(*runs)
@@ -53,6 +54,12 @@ def regenerate(root: Path) -> dict[Path, str]:
 
     readme = root / "README.md"
     return {readme: SPAN.sub(fill, readme.read_text()), **files}
+
+
+def read(path: Path):
+    """A JSON file, or a list of the lines of a .jsonl file."""
+    text = path.read_text()
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -140,7 +147,43 @@ def online_table(ours: dict, peers: dict) -> str:
     return lines + "".join(f"\n{name}: {peer['options']}.\n" for name, peer in peers["engines"].items())
 
 
+def policies_table(points: list[dict]) -> str:
+    """A row a policy, its figures under each TBT promise beside each other; equal ones once."""
+    promises = sorted({point["slo"]["tbt_ms"] for point in points})
+    found = {(point["policy"], point["slo"]["tbt_ms"]): point for point in points}
+    columns = {
+        "good": lambda p: f"{p['slo_attainment']:.0%}",
+        "P50 TTFT ms": lambda p: f"{p['median_ttft_ms']:,.0f}",
+        "P99 TTFT ms": lambda p: f"{p['p99_ttft_ms']:,.0f}",
+        "P99 TBT ms": lambda p: f"{p['p99_tbt_ms']:,.1f}",
+        "longest gap ms": lambda p: f"{p['max_tbt_ms']:,.1f}",
+    }
+    rows = []
+    for policy in dict.fromkeys(point["policy"] for point in points):
+        cells = [[text(found[policy, tbt_ms]) for tbt_ms in promises] for text in columns.values()]
+        rows.append([f"`{policy}`", *(" / ".join(dict.fromkeys(c) if len(set(c)) == 1 else c) for c in cells)])
+    return markdown([f"promise {' / '.join(f'{tbt_ms:g}' for tbt_ms in promises)} ms", *columns], rows)
+
+
+def memory_table(on: dict, off: dict, long: dict) -> str:
+    """What the prefix cache finds and saves on a trace, and what a long prompt does to its neighbours."""
+    rate, ideal = (count / on["total_input_tokens"] for count in (on["cached_tokens"], on["ideal_hit_tokens"]))
+    header = ["prefix cache", "hit rate", "of an ideal", "mean TTFT ms", "P50 TTFT ms", "P99 TBT ms"]
+    rows = [
+        [name, *hits, f"{d['mean_ttft_ms']:,.0f}", f"{d['median_ttft_ms']:,.0f}", f"{d['p99_tbt_ms']:.1f}"]
+        for name, hits, d in (("on", (f"{rate:.1%}", f"{ideal:.1%}"), on), ("off", ("", ""), off))
+    ]
+    (alone,) = long["ttft_alone_s"].values()
+    return markdown(header, rows) + (
+        f"\nA prompt of {long['prompt_tokens']:,} tokens among {long['chat_users']} chat users promised "
+        f"{long['slo_tbt_ms']:g} ms: their P99 TBT\nis {long['chat_tbt_ms']['99']:.1f} ms meanwhile, its first token "
+        f"comes after {long['ttft_s']:.1f} s ({alone:.1f} s on an idle machine).\n"
+    )
+
+
 KINDS = {
+    "policies": policies_table,
+    "memory": memory_table,
     "online": online_table,
     "decode": decode_table,
     "prefill": prefill_table,

@@ -80,6 +80,7 @@ class EngineTarget:
     def __init__(self, options: dict, policies: list[PolicySpec] | None = None, loaded=None):
         """Loads the model, unless somebody has: then ``options`` must be what it was loaded with."""
         from nanodrift.bench import machine, offline
+        from nanodrift.server.tokenizer import load_tokenizer
         from nanodrift.startup import load_engine, resolve_device
 
         names = {field.name for field in fields(EngineConfig)}
@@ -94,7 +95,8 @@ class EngineTarget:
         if loaded is None:
             self.loaded = load_engine(options.get("model"), self.config)
             offline.throughput(self.loaded.engine, num_prompts=2, input_len=32, output_len=4, seed=self.config.seed + 1)
-        self.encode = self.loaded.tokenizer.encode if self.loaded.tokenizer is not None else None
+        tokenizer = load_tokenizer(self.loaded.folder, self.config.load_format)
+        self.encode = tokenizer.encode if tokenizer is not None else None
         self.seed, self.max_model_len = self.config.seed, self.loaded.max_model_len
         self.vocab_size = self.loaded.model_config.vocab_size
         self.about = machine.describe(self.device) | {

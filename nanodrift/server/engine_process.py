@@ -25,7 +25,7 @@ from nanodrift.config import SLO, EngineConfig
 from nanodrift.request import SamplingParams
 from nanodrift.server.frames import FrameLink
 from nanodrift.server.power import PowerLog
-from nanodrift.server.startup import policy_line, slo_warnings
+from nanodrift.server.startup import policy_line, slo_warnings, split_warnings
 from nanodrift.server.trace import Trace
 
 STATS_EVERY_S = 0.25
@@ -88,7 +88,7 @@ def _loop(link: FrameLink, engine, messages: list[list]) -> None:
         if now_s - stats_s >= STATS_EVERY_S or is_busy != was_busy or (messages and not is_busy) or has_left:
             if now_s - predicted_s >= PREDICTIONS_EVERY_S or (was_busy and not is_busy):
                 predictions, predicted_s = engine.predictions(), now_s
-            stats = engine.stats() | {"predictions": predictions}
+            stats = engine.stats() | {"predictions": predictions} | engine.executor.counters()
             if not is_busy:
                 _account(stats, is_new=was_busy)
             stats_s, was_busy = now_s, is_busy
@@ -158,17 +158,20 @@ def _is_plain(error: Exception) -> bool:
 
 def _load(model: str | None, config: EngineConfig, report):
     from nanodrift import hub
+    from nanodrift.server.tokenizer import load_tokenizer
     from nanodrift.startup import load_engine
 
-    loaded = load_engine(model, config, report)
+    folder = hub.resolve_model(model, config.load_format)
+    tokenizer = load_tokenizer(folder, config.load_format)  # to know before the weights are read that there is one
+    loaded = load_engine(folder, config, report)
     loaded.engine.power = PowerLog.of(loaded.device)
     model_config, kv_tokens = loaded.model_config, loaded.num_kv_tokens
     made_up = ", made-up weights" if config.load_format == "dummy" else ""
     info = {
-        "folder": str(loaded.folder),
+        "folder": str(folder),
         "description": f"{model_config.architecture}, {model_config.num_parameters / 1e6:,.0f}M parameters{made_up}",
-        "is_embedded": loaded.folder == hub.EMBEDDED,
-        "has_tokenizer": loaded.tokenizer is not None,
+        "is_embedded": folder == hub.EMBEDDED,
+        "has_tokenizer": tokenizer is not None,
         "eos_token_ids": list(model_config.eos_token_ids),
         "device_name": loaded.engine.executor.device_name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -178,7 +181,8 @@ def _load(model: str | None, config: EngineConfig, report):
         "max_model_len": loaded.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "policy": policy_line(config, loaded.engine.executor.partitions, loaded.cost),
-        "warnings": slo_warnings(config.slo, loaded.cost) if loaded.device.type == "cuda" else [],
+        "warnings": split_warnings(config, getattr(loaded.engine.executor, "split", None))
+        + (slo_warnings(config.slo, loaded.cost) if loaded.device.type == "cuda" else []),
         "phases_s": loaded.phases_s,
     }
     return loaded.engine, info

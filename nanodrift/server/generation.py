@@ -21,7 +21,7 @@ from nanodrift.request import SamplingParams
 from nanodrift.server.client import EngineClient, EngineDead, QueueFull, RequestRefused
 from nanodrift.server.logprobs import Scored, TokenBytes, scored
 from nanodrift.server.protocol import ApiError, ChatShape, CompletionShape, GenerationBody, usage
-from nanodrift.tokenizer import Detokenizer, Tokenizer
+from nanodrift.server.tokenizer import Detokenizer, Tokenizer
 
 DONE = "data: [DONE]\n\n"
 

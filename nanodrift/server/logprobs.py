@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanodrift.tokenizer import UNDECODABLE, Tokenizer
+from nanodrift.server.tokenizer import UNDECODABLE, Tokenizer
 
 LOWEST = -9999.0  # JSON has no infinity
 DIGITS = 6

@@ -15,7 +15,7 @@ from nanodrift.server.generation import queue_full
 from nanodrift.server.guard import MAX_BODY_BYTES
 from nanodrift.server.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, plain_messages
 from nanodrift.server.telemetry import Telemetry
-from nanodrift.tokenizer import ChatError, Tokenizer
+from nanodrift.server.tokenizer import ChatError, Tokenizer
 
 
 @dataclass

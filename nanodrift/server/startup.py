@@ -80,12 +80,22 @@ def slo_warnings(slo: SLO, cost: CostModel) -> list[str]:
     return found
 
 
+def split_warnings(config: EngineConfig, split) -> list[str]:
+    """``split``: a GPU executor's partition.DeviceSplit, None elsewhere. Says so where its halves are none."""
+    if split is None or not split.reason or not split.streams or config.policy == "overlap":
+        return []
+    return [
+        f"the SMs cannot be divided: {split.reason}. Both lanes run on plain streams instead, where they slow each "
+        "other more than the measured costs say; --policy chunked or turns promises nothing that depends on them."
+    ]
+
+
 def policy_line(config: EngineConfig, partitions: tuple[Partition, ...], cost: CostModel) -> str:
     """How prompts and tokens share the device, in a line."""
     splits = sorted(partition.decode_sms for partition in partitions if not partition.is_shared)
     name = config.policy if config.policy != "auto" else "mux" if splits else "turns"
     if name == "turns":
-        return "first come, first served; prompts and tokens take turns on the whole device"
+        return "turns: prompts and tokens alternate on the whole device"
     known = "measured costs" if cost.profile.is_measured else "costs not measured yet (bench.py calibrate)"
     modes = f" ({config.modes})" if name == "mux" else ""
     where = f"; decode on {', '.join(map(str, splits))} or all {partitions[0].decode_sms} SMs" if splits else ""

@@ -31,6 +31,9 @@ GAUGES = {
     "chunk_tokens": "Prompt tokens of the newest token chunk.",
     "tbt_predicted_seconds": "The guard's promise for the gap between tokens in force; 0: nothing is predicted.",
     "merge_gap_seconds_max": "Longest gap from a first token to the second.",
+    "num_compilations": "Kernels compiled or loaded since the engine was ready: anything but 0 is a bug.",
+    "num_cuda_mallocs": "Allocations of device memory since then, likewise.",
+    "graph_bytes": "Device memory of CUDA graphs.",
     "sm_mhz": "SM clock; not a number where it cannot be read.",
     "watts": "Power of the board, likewise.",
 }

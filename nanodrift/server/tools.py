@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from nanodrift.server.protocol import ApiError, DetokenizeBody, TokenizeBody, plain_messages
 from nanodrift.server.served import Served, in_thread
-from nanodrift.tokenizer import Tokenizer
+from nanodrift.server.tokenizer import Tokenizer
 
 PAGE = Path(__file__).with_name("page.html")
 

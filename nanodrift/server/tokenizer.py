@@ -133,6 +133,16 @@ class Tokenizer:
         return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
 
 
+def load_tokenizer(folder: Path, load_format: str) -> Tokenizer | None:
+    """A model folder's tokenizer; None where it has none, which only made-up weights may do without."""
+    try:
+        return Tokenizer.from_folder(folder)
+    except MissingTokenizer:
+        if load_format != "dummy":
+            raise
+        return None
+
+
 class Detokenizer:
     """Turns one request's output tokens into text as they come; O(1) work a token.
 
