@@ -414,8 +414,8 @@ class Scheduler:
             num_ahead = sum(r.num_tokens - r.num_computed_tokens for r in self.prefilling)
         if (self._open and request.num_new_tokens > self.max_prefill_tokens) or not self._fits(request):
             return None
-        times = num_ahead, self._pace_s, now_s
-        return request if may_overtake(request, self.prefilling, *times, is_chunk_open=bool(self._open)) else None
+        where = num_ahead, self._pace_s, now_s, bool(self._open)
+        return request if may_overtake(request, self.prefilling, *where) else None
 
     def _admit(self, request: Request, now_s: float) -> NewBlocks:
         self.waiting.take(request)

@@ -74,7 +74,7 @@ def plan(requests: list[Request], now_s: float, token_s: float) -> list[Request]
         turns.setdefault((request.num_preemptions == 0, request.priority), []).append(request)
     for _, equals in sorted(turns.items()):
         equals.sort(key=lambda request: (request.due_s, request.number))
-        kept, lost, end_s = [], [], now_s
+        kept, lost, end_s = [], [], now_s  # kept, may_end: (-seconds, -index), so the longest first, then the last due
         for index, request in enumerate(equals):
             seconds = request.num_new_tokens * token_s
             if request.due_s - now_s < seconds:
@@ -86,7 +86,7 @@ def plan(requests: list[Request], now_s: float, token_s: float) -> list[Request]
                 seconds, dropped = heappop(kept)
                 end_s += seconds
                 lost.append(-dropped)
-        kept.sort(key=lambda one: -one[1])
+        kept.sort(key=lambda one: -one[1])  # by due time
         last, may_end = [], []  # from the end on; who may end so late
         while kept or may_end:
             while kept and soon_s(equals[-kept[-1][1]]) >= end_s:
@@ -104,13 +104,7 @@ def soon_s(request: Request) -> float:
 
 
 def may_overtake(
-    request: Request,
-    victims: list[Request],
-    num_ahead: float,
-    token_s: float,
-    now_s: float,
-    *,
-    is_chunk_open: bool = False,
+    request: Request, victims: list[Request], num_ahead: float, token_s: float, now_s: float, is_chunk_open: bool
 ) -> bool:
     """Whether a request goes before the prompts under way, of which ``num_ahead`` tokens would be computed before it.
 
