@@ -7,13 +7,14 @@ prefill, decode and fused steps share since weights are read once whoever asks, 
     products(M, n)  = a table of measured passes over (M tokens, n SMs), straight lines between; before calibration
                       max(weight bytes / bandwidth(n), 2 parameters M / rate(n))
     prefill attn    = sum n_i^2 / 2 * 4 H D L / causal rate(n) + sum n_i r_i * 4 H D L / prefix rate(n)
-                      n_i new tokens after r_i; at least what the tile of the longest context takes
+                      n_i new tokens after r_i; too few to fill the SMs take as long as if they did
     decode attn     = (sum context_i + start * batch) * KV bytes per token / KV bandwidth(n)
     side by side    = the slower of two attentions on their own SMs, times contention, plus fork and join
 
 A ``Profile`` holds one machine's figures: measured by ``bench.py calibrate`` and found in profiles/ by GPU and model
 shape, or a prior scaled from what is known of the device. Traffic keeps correcting both: ``Observer`` looks at every
-completion, learns ``CostModel.scales`` from steps that ran alone and the ``Guard`` from those that ran beside others.
+completion, learns ``CostModel.scales`` from steps that ran alone or fused, and the ``Guard`` from these and from those
+that ran beside the other lane for most of their time, each kind in cells of its own.
 
 Pure arithmetic: imports no torch and reads no clock. The dispatcher chooses by it, the simulator passes time by it.
 """
@@ -36,7 +37,7 @@ from nanodrift.plan import Completion, DecodeWork, FusedWork, Lane, PrefillSlice
 PROFILES = Path(__file__).parent / "profiles"
 SHAPE = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
          "is_head_tied")  # what of a model decides its times  # fmt: skip
-ANY_SMS = 0  # in place of an SM count: of all together
+ANY_SMS = 0  # as an SM count: learned from all of them, for one where nothing ran yet
 ALONE_SHARE, BESIDE_SHARE = 0.1, 0.75  # of a step's time beside the other lane: at most, at least
 ATTENTION_ROWS_PER_SM = 96  # query rows, all heads counted, that keep an SM busy in prefill attention
 
@@ -71,7 +72,7 @@ class Profile:
     prefix_flops_per_s: Curve  # of prefill attention over what came before
     step_overhead_s: float  # kernels of a pass that the formulas do not count
     fork_join_s: float  # of one layer whose two attentions run side by side
-    host_launch_s: float  # of a prefill piece, a layer
+    host_launch_s: float  # of a prefill piece, for each of its layers
     kv_start_tokens: float = 0.0  # what starting on a request costs decode attention, in tokens of context
     beside_factor: float = 1.1  # what two attentions beside each other cost the slower one
     passes: tuple[tuple[int, Curve], ...] = ()  # (tokens, passes through all layers' products per second)
@@ -299,7 +300,7 @@ class CostModel:
     def _prefill_attention_s(self, load: PrefillLoad, num_sms: int) -> float:
         site = self._at(num_sms)
         full_s = (load.num_pairs - load.num_prefix_pairs) * site.causal_s + load.num_prefix_pairs * site.prefix_s
-        return max(full_s, site.full_tokens * load.longest * site.prefix_s)  # no tile ends before its own last key
+        return max(full_s, site.full_tokens * load.longest * site.prefix_s)  # few tokens leave SMs idle
 
     def _decode_attention_s(self, load: DecodeLoad, num_sms: int) -> float:
         return (load.context_tokens + self.profile.kv_start_tokens * load.batch) * self._at(num_sms).kv_s
@@ -335,7 +336,7 @@ class Cell(NamedTuple):
 
 @dataclass
 class Factor:
-    """Actual over solo-predicted time of one lane in one cell: its mean, to choose by, and its worst, to promise by."""
+    """Actual over solo-predicted time of one lane in one cell: its worst, to promise by, and its mean, to expect."""
 
     mean: float
     worst: float
@@ -344,7 +345,7 @@ class Factor:
 
 @dataclass
 class Guard:
-    """Factors by lane and cell, corrected by every step that is seen. A fused step stands under the decode lane.
+    """Factors by lane and cell, corrected by every step that is judged. A fused step stands under the decode lane.
 
     A cell never seen takes the worst seen neighbour, else the worst seen on as many SMs, else the prior. ``worst``
     follows a slower step at once and forgives slowly, never below the mean times ``floor``.
@@ -354,7 +355,7 @@ class Guard:
     prior_worst: float = 1.25
     alone_worst: float = 1.06  # alone or fused: what solo predictions miss by
     decay: float = 0.02
-    forgiveness: float = 0.001  # a step: half of an excess is forgotten after some 700
+    forgiveness: float = 0.001  # a step: half of an excess is forgotten after some 700, in a new cell after 100
     floor: float = 1.08
     factors: dict[tuple[Lane, Cell], Factor] = field(default_factory=dict)
     _inferred: dict[tuple[Lane, Cell], Factor] = field(default_factory=dict)
@@ -399,15 +400,16 @@ class Guard:
 class Observer:
     """Compares every completion with its prediction, then lets it correct the cost model and the guard.
 
-    A step is judged when the other lane has reported past its end: only then is known what ran beside it. Steps that
-    were alone correct the solo times too; steps with a bit of both say little and are left out.
+    A step on its half is judged when the other lane has reported past its end: only then is known what ran beside it.
+    Fused steps and those on the whole chip are judged at once. Steps that were alone or fused correct the solo times
+    too; those beside the other lane for ALONE_SHARE to BESIDE_SHARE of their time say little and are left out.
     """
 
     def __init__(self, cost: CostModel, guard: Guard):
         self.cost, self.guard = cost, guard
         self.seen: dict[str, deque[tuple[float, float]]] = {}  # (mean, guarded prediction) / actual, by kind of step
         self._recent = {lane: deque(maxlen=256) for lane in Lane}
-        self._waiting: deque[Completion] = deque(maxlen=256)
+        self._unjudged: deque[Completion] = deque(maxlen=256)
 
     def observe(self, completion: Completion) -> None:
         if completion.busy_s <= 0:
@@ -417,13 +419,13 @@ class Observer:
             self._judge(completion, None)
             return
         self._recent[work.lanes[0]].append(completion)
-        self._waiting.append(completion)
-        while self._waiting:
-            step = self._waiting[0]
+        self._unjudged.append(completion)
+        while self._unjudged:
+            step = self._unjudged[0]
             others = self._recent[Lane.DECODE if step.ticket.work.lanes[0] is Lane.PREFILL else Lane.PREFILL]
             if not others or others[-1].finished_s < step.finished_s:
                 return
-            beside, share = _beside(self._waiting.popleft(), others)
+            beside, share = _beside(self._unjudged.popleft(), others)
             if not ALONE_SHARE < share < BESIDE_SHARE:
                 self._judge(step, beside if share >= BESIDE_SHARE else None)
 
@@ -442,7 +444,8 @@ class Observer:
         parts = {part.lanes[0]: part for part in (*work.parts, *(beside.ticket.work.parts if beside else ()))}
         prefill = PrefillLoad.of(parts[Lane.PREFILL].slices) if Lane.PREFILL in parts else PrefillLoad()
         decode = DecodeLoad.of(parts[Lane.DECODE]) if Lane.DECODE in parts else DecodeLoad()
-        cell, lane = Cell.of(prefill, decode, partition.decode_sms, isinstance(work, FusedWork)), work.lanes[-1]
+        cell = Cell.of(prefill, decode, partition.decode_sms, isinstance(work, FusedWork))
+        lane = work.lanes[-1]  # of a fused step: decode
         solo_s = self.cost.work_s(work, partition.prefill_sms, partition.decode_sms)
         factor = self.guard.factor(lane, cell)
         kind = "fused" if cell.is_fused else f"{lane.value} beside" if beside else lane.value

@@ -24,7 +24,7 @@ class Load:
     """What the dispatcher decides for: the running batch, its promise, and the prompts that are next."""
 
     decode: DecodeLoad
-    tbt_s: float  # the tightest TBT among the running requests
+    tbt_s: float  # the tightest TBT among the running requests, less headroom and what they have waited already
     prompt_tokens: int = 0  # that wait to be computed, of all prompts together
     prompt_start: int = 0  # where the next token chunk begins in its prompt: cached and computed tokens before it
     is_chunk_open: bool = False  # a chunk is on its way through the layers, and must go on by layers
@@ -54,16 +54,16 @@ class Decision:
 
     mode: Mode
     partition: Partition
-    token_chunk: int  # prompt tokens of the next chunk
+    token_chunk: int  # prompt tokens of the next chunk, decoding rows not counted
     layers: int  # of one prefill piece, about as long as a decode step
     step_s: float = 0.0  # guarded prediction of the gap between two tokens; 0 where nothing was predicted
     prompt_tokens_per_s: float = 0.0
     is_unmeetable: bool = False
     decode_s: float = 0.0  # guarded prediction of the decode step alone
-    holds_decode: bool = False  # no step while a prompt waits
+    holds_decode: bool = False  # no decode step is launched while a prompt waits (prefill-first)
 
 
 class Policy(Protocol):
-    """What the scheduler asks before it launches anything: this module's dispatcher, or one of baselines.py."""
+    """What the scheduler asks before it launches anything: dispatch.py's dispatcher, or one of baselines.py."""
 
     def choose(self, load: Load, current: Decision | None = None) -> Decision: ...

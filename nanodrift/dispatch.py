@@ -4,12 +4,13 @@ Three modes compete, each by the prompt tokens per second it computes while ever
 (time between tokens):
 
     split       decode on the fewest SMs whose guarded step meets the TBT, prefill on all the others at the same time
-    fused       one pass for both over the weights, its prompt chunk as large as the TBT allows
+    fused       one pass for both over the weights, its prompt chunk the fastest that the TBT allows
     exclusive   the chip in turns: a decode step, then as many prefill layers as the rest of the TBT holds
 
 The paper's dispatcher (arXiv 2504.14489, section 3.4) is the first of them. Promises are judged by the guard's worst
-factor, throughput by its mean. A choice changes only when another is better by a margin. Where no mode can keep the
-TBT, decode gets the chip, prefill a stated share of the time, and the decision says ``unmeetable``.
+factor, throughput by what to expect: the guard's mean where prefill runs beside decode, the solo time in a fused step
+and in turns (whose decode steps count as promised). A choice changes only when another is better by a margin. Where no
+mode can keep the TBT, decode gets the chip, prefill a stated share of the time, and the decision says ``unmeetable``.
 
 Imports no torch, reads no clock, keeps no state: the caller passes the decision in force.
 """
@@ -20,11 +21,11 @@ import math
 from collections.abc import Iterable
 
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
-from nanodrift.decision import Decision, Load, Mode, Policy  # noqa: F401
+from nanodrift.decision import Decision, Load, Mode
 from nanodrift.plan import FUSED_TOKENS, MAX_FUSED_SLICES, Lane, Partition
 
 MIN_PREFILL_SHARE = 0.1  # of the time, when no mode can keep the TBT
-LONE_PIECE_S = 5e-3  # of prefill while nothing decodes: what a first decode step may have to wait for, twice
+LONE_PIECE_S = 5e-3  # a prefill piece while nothing decodes; a first decode step may have two in flight before it
 HYSTERESIS = 0.05  # a new choice must be better by this
 MERGE_STEPS = 1.5  # split: the gap after a first token is at most so many steps (Flight.step_from_s says why)
 
@@ -68,7 +69,7 @@ class Dispatcher:
     def options(self, load: Load, current: Decision | None = None) -> list[Decision]:
         """Every permitted way that keeps the TBT, at most one a mode."""
         modes = self.modes
-        if load.is_chunk_open:  # modes change at the boundaries of chunks; taking turns can always finish one
+        if load.is_chunk_open:  # begun by layers, it cannot become fused; taking turns can always finish it
             modes = [mode for mode in modes if mode is not Mode.FUSED] or [Mode.EXCLUSIVE]
         guess = current.token_chunk if current and current.mode is Mode.FUSED else 512
         makers = {
@@ -98,23 +99,24 @@ class Dispatcher:
                 slowdown = self.guard.factor(Lane.PREFILL, cell).mean
                 prefill_s = self.cost.prefill_s(chunk, partition.prefill_sms) * slowdown
                 rate, layers = chunk.num_tokens / prefill_s, self._layers(decode_s, prefill_s)
-                decision = (Mode.SPLIT, partition, chunk.num_tokens, layers, gap_s, rate)
-                return Decision(*decision, gap_s > load.tbt_s, decode_s)
+                promise = {"step_s": gap_s, "decode_s": decode_s, "is_unmeetable": gap_s > load.tbt_s}
+                return Decision(Mode.SPLIT, partition, chunk.num_tokens, layers, prompt_tokens_per_s=rate, **promise)
         return None
 
     def fused_at(self, load: Load, partition: Partition, size: int) -> Decision:
-        """One pass for both, padded to ``size`` tokens, its attentions on this partition, whatever the TBT says."""
+        """One pass for both, padded to ``size`` tokens and rows, its attentions on this partition, whatever the TBT."""
         chunk, _ = load.chunk(min(size - load.decode.batch, self.max_prefill_tokens), MAX_FUSED_SLICES)
         padded = chunk._replace(num_tokens=size - load.decode.batch)
         solo_s = self.cost.fused_s(padded, load.decode, partition.prefill_sms, partition.decode_sms)
         cell = Cell.of(chunk, load.decode, partition.decode_sms, is_fused=True)
         step_s = solo_s * self.guard.factor(Lane.DECODE, cell).worst
         rate, layers = chunk.num_tokens / solo_s, self.cost.num_layers
-        return Decision(Mode.FUSED, partition, chunk.num_tokens, layers, step_s, rate, step_s > load.tbt_s, step_s)
+        promise = {"step_s": step_s, "decode_s": step_s, "is_unmeetable": step_s > load.tbt_s}
+        return Decision(Mode.FUSED, partition, chunk.num_tokens, layers, prompt_tokens_per_s=rate, **promise)
 
     def _fused(self, load: Load, guess: int) -> Decision | None:
-        """The largest token chunk that keeps the TBT, the attentions beside each other where that pays."""
-        best = self._largest_fused(load, self.whole_chip, guess)
+        """The fastest token chunk that keeps the TBT, the attentions beside each other where that pays."""
+        best = self._fused_on(load, self.whole_chip, guess)
         if self.side_by_side and self.splits and load.decode.batch < FUSED_TOKENS[-1]:
             least = load.decode.batch + (best.token_chunk if best else 1)
             size = next(size for size in FUSED_TOKENS if size >= least)
@@ -122,12 +124,16 @@ class Dispatcher:
             solo_s = {p: self.cost.fused_s(chunk, load.decode, p.prefill_sms, p.decode_sms) for p in self.splits}
             beside = self.fused_at(load, min(solo_s, key=solo_s.get), size)
             if best is None or beside.step_s < best.step_s:
-                beside = self._largest_fused(load, beside.partition, beside.token_chunk)
+                beside = self._fused_on(load, beside.partition, beside.token_chunk)
                 best = max(best, beside, key=lambda o: o.prompt_tokens_per_s if o else 0.0)
         return best
 
-    def _largest_fused(self, load: Load, partition: Partition, guess: int) -> Decision | None:
-        """The largest chunk on this partition whose step keeps the TBT: a search by halves that begins at ``guess``."""
+    def _fused_on(self, load: Load, partition: Partition, guess: int) -> Decision | None:
+        """The fastest chunk on this partition whose step keeps the TBT.
+
+        The largest first: from ``guess`` in strides that double, up while sizes fit and down while they do not. Then
+        smaller ones, while they are faster.
+        """
         batch = load.decode.batch
         most = batch + load.chunk(self.max_prefill_tokens, MAX_FUSED_SLICES)[0].num_tokens
         sizes = [size for size in FUSED_TOKENS if size > batch]
@@ -142,7 +148,7 @@ class Dispatcher:
                 low, best, probe = probe, option, probe + stride
             stride *= 2
             probe = min(max(probe, low + 1), high - 1)
-        while low > 0:  # far into a prompt smaller ones are faster, since attention grows with the chunk
+        while low > 0:  # as they are far into a prompt, where attention grows with the chunk
             smaller = self.fused_at(load, partition, sizes[(low := low - 1)])
             if smaller.prompt_tokens_per_s <= best.prompt_tokens_per_s:
                 break
@@ -170,7 +176,8 @@ class Dispatcher:
         layers = math.ceil(num_layers / turns)  # even pieces
         gap_s = decode_s + layer_s * layers + head_s
         rate = chunk.num_tokens / ((body_s + head_s) / slowest + turns * decode_s)
-        return Decision(Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, gap_s, rate, is_forced, decode_s)
+        promise = {"step_s": gap_s, "decode_s": decode_s, "is_unmeetable": is_forced}
+        return Decision(Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, prompt_tokens_per_s=rate, **promise)
 
     def _alone(self, load: Load) -> Decision:
         """One lane has nothing to do: the other gets the chip. Prefill goes in short pieces, for a decode may begin."""
@@ -180,8 +187,8 @@ class Dispatcher:
         if chunk.num_tokens:
             prefill_s = self.cost.prefill_s(chunk, self.whole_chip.prefill_sms)
             layers, rate = self._layers(LONE_PIECE_S, prefill_s), chunk.num_tokens / prefill_s
-        is_late = decode_s > load.tbt_s
-        return Decision(Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, decode_s, rate, is_late, decode_s)
+        promise = {"step_s": decode_s, "decode_s": decode_s, "is_unmeetable": decode_s > load.tbt_s}
+        return Decision(Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, prompt_tokens_per_s=rate, **promise)
 
     def _alone_s(self, decode: DecodeLoad) -> float:
         """Guarded prediction of a decode step that has the whole chip."""
@@ -190,6 +197,6 @@ class Dispatcher:
         return self.cost.decode_s(decode, sms) * worst if decode.batch else 0.0
 
     def _layers(self, decode_s: float, prefill_s: float) -> int:
-        """N_layers = ceil(T_decode x layers / T_prefill): a piece lasts about one decode step, launch time included."""
+        """N_layers = ceil(T_decode x layers / T_prefill): about a decode step. No layer is shorter than its launch."""
         per_layer_s = max(prefill_s / self.cost.num_layers, self.cost.profile.host_launch_s)
         return min(self.cost.num_layers, max(1, math.ceil(decode_s / per_layer_s)))

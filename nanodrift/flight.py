@@ -86,7 +86,7 @@ class Flight:
         return max([self._step_s, *self._end_s[Lane.DECODE].values()])
 
     @property
-    def is_beside(self) -> bool:
+    def is_split(self) -> bool:
         """Prefill runs beside the decode lane."""
         return any(not ticket.partition.is_shared for ticket in self._pieces.values())
 
@@ -96,7 +96,7 @@ class Flight:
         return bool(self._merges_s())
 
     def can_queue(self, partition: Partition, is_stepping: bool) -> bool:
-        """True if a prefill piece may be launched there; ``is_stepping``: a decode step will follow."""
+        """True if a prefill piece may queue there; ``is_stepping``: requests decode, so a step is due behind it."""
         if partition.is_shared and is_stepping and not self.has_stepped:
             return False
         return all(ticket.partition.is_shared == partition.is_shared for ticket in self._pieces.values())

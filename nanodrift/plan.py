@@ -32,7 +32,7 @@ class Lane(Enum):
 class Partition:
     """A division of the device's SMs between the lanes; a lane that has the whole chip leaves the other none.
 
-    ``is_shared`` marks whole-chip lanes: each may use every SM, and they take turns.
+    ``is_shared`` is said of the whole chip: each lane may use every SM, and they take turns.
     """
 
     prefill_sms: int
@@ -109,7 +109,7 @@ class PrefillWork:
     The executor keeps the chunk's hidden states between its pieces; the piece whose ``is_last`` is set samples.
     """
 
-    batch_id: int
+    batch_id: int  # of the chunk
     slices: tuple[PrefillSlice, ...]
     first_layer: int
     last_layer: int

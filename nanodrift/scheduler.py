@@ -4,15 +4,16 @@ Continuous batching in the terms of plan.py. A request waits (waiting.py says wh
 chunks (each chunk in layer chunks), merges into the decode batch and decodes until it stops. Steps are launched before
 the host has read the last one, so a request's end is noticed up to one step late and its extra token is dropped. What
 is in flight, and where and when the next step may follow it, is flight.py's business; how the lanes share the device
-is the policy's, which is asked whenever something has changed.
+is the policy's, which is asked at every turn of the loop, and again when something has changed within it.
 
-A short prompt may overtake a long one under way, at a token chunk's end or at a layer's, if it would lose its TTFT and
-the long one loses nothing. Where blocks run out, cached ones go first; then nothing new is launched, and when nothing
-is in flight the request that costs least to bring back is preempted. New prompts are held back before that.
+A short prompt may overtake a long one under way, at a token chunk's end or at a piece's, if it would lose its TTFT and
+the long one can wait, or has lost its own already (waiting.py). Where blocks run out, cached ones go first; then
+nothing new is launched, and when nothing is in flight the request that costs least to bring back is preempted. New
+prompts are held back before that.
 
-A prompt starts at its first token that is not in the prefix cache (kvcache.py). A request whose next block is being
-computed by another just now waits for it: it holds nothing meanwhile, so nobody can wait for it in turn, and when the
-other ends early it finds no one to wait for and computes the block itself.
+A prompt starts at its first token that is not in the prefix cache (kvcache.py). While another request is computing the
+very block with which a prompt would start, the prompt stays in the queue. There it holds nothing, so nobody waits for
+it in turn; and if the other request ends before the block is done, the prompt is admitted and computes the block.
 
 Pure state: imports no torch, reads no clock, launches nothing. The engine asks ``next_work`` and reports
 ``on_launch`` and ``on_complete``.
@@ -26,7 +27,7 @@ from collections import deque
 
 from nanodrift.config import BLOCK_SIZE
 from nanodrift.cost import DecodeLoad
-from nanodrift.dispatch import Decision, Load, Mode, Policy
+from nanodrift.decision import Decision, Load, Mode, Policy
 from nanodrift.flight import Chunk, Flight
 from nanodrift.kvcache import BlockPool
 from nanodrift.plan import (
@@ -80,13 +81,13 @@ class Scheduler:
         self._free_rows = deque(range(num_rows))
         self._open: list[Chunk] = []  # whose layers are being launched: the last one now, one before it later
         self._newest: tuple[PrefillSlice, ...] = ()  # of the chunk that was begun last
-        self._num_batches = self._num_added = 0
+        self._num_chunks = self._num_added = 0
         self._flight = Flight(num_layers)
         self._decode, self._tbt_s = DecodeLoad(), math.inf  # of the newest decode step
         self._decided: tuple = ()  # what the decision in force was made for
-        self._token_s = 0.0  # prefill seconds per prompt token, as last predicted; 0: unknown
+        self._s_per_token = 0.0  # prefill seconds per prompt token, as last predicted; 0: unknown
         self._waited_s = 0.0  # of their TBT, when the next step starts
-        self._beside_s = 0.0  # guarded prediction of a decode step beside prefill pieces
+        self._split_step_s = 0.0  # guarded prediction of a decode step beside prefill pieces
         self._wake_s = dict.fromkeys(Lane, math.inf)
         self._is_draining = False  # blocks ran out: launch nothing new until nothing is in flight
         self._is_tight = False  # they did so lately: admit only who leaves twice the usual room
@@ -130,7 +131,7 @@ class Scheduler:
 
     @property
     def num_leaked_blocks(self) -> int:
-        """Blocks that are held while no request is there to hold them: never anything but 0."""
+        """Blocks that are still held when the last request has left, where it shows: never anything but 0."""
         return 0 if self.requests else self.pool.num_used_blocks
 
     # ---- what runs next ----------------------------------------------------------------------------------------
@@ -146,10 +147,10 @@ class Scheduler:
         return self._next_decode(now_s) if lane is Lane.DECODE else self._next_prefill(now_s)
 
     def on_launch(self, ticket: Ticket) -> None:
-        """Books what was launched. A prompt that ends where the next decode step runs behind it joins that step.
+        """Books what was launched, and merges a prompt that ends in it if the next decode step must run behind it.
 
-        So it is in a fused step and on the whole chip: the step finds the token in the device's row. A prompt that ends
-        beside the decode lane joins when the host has seen it end, so that no step waits for a prompt.
+        It must after a fused step and on the whole chip: it finds the prompt's first token in the device's row. A
+        prompt that ends beside the decode lane merges in ``on_complete``, so that no step waits for a prompt.
         """
         work = ticket.work
         self._flight.launch(ticket, self._predicted_s(work))
@@ -193,9 +194,9 @@ class Scheduler:
             request.state = RequestState.RUNNING
 
     def _decide(self, now_s: float) -> None:
-        """Asks the policy how the lanes are to share the device, unless nothing has changed since it was asked."""
+        """Asks the policy how the lanes are to share the device; the same question only once in a turn of the loop."""
         sizes = len(self.waiting), len(self.prefilling), self._flight.num_pieces, len(self._open)
-        asked = now_s, self._decode, self._num_batches, sizes
+        asked = now_s, self._decode, self._num_chunks, sizes
         if self._decided == asked:
             return
         self._decided = asked
@@ -205,9 +206,9 @@ class Scheduler:
         load = Load(self._decode, tbt_s, num_tokens, start, bool(self._open), prompts, self._flight.is_merging)
         self.decision = self.policy.choose(load, self.decision)
         if self.decision.mode is Mode.SPLIT:
-            self._beside_s = self.decision.decode_s
+            self._split_step_s = self.decision.decode_s
         if self.decision.prompt_tokens_per_s:
-            self._token_s = 1 / self.decision.prompt_tokens_per_s
+            self._s_per_token = 1 / self.decision.prompt_tokens_per_s
 
     def _prompts(self, now_s: float) -> tuple[tuple[int, int], ...]:
         """Tokens left and start of the prompts that are next, those of a chunk under way first; enough for a chunk."""
@@ -217,7 +218,7 @@ class Scheduler:
             return tuple(first)
         pending = [r for r in self.prefilling if r.num_computed_tokens < r.num_tokens]
         slices = self._open[-1].slices if self._open else ()
-        if self._flight.is_beside and not (slices or pending or self.waiting):
+        if self._flight.is_split and not (slices or pending or self.waiting):
             slices = self._newest  # it is all launched, but decode had better stay beside it
         starts = {s.request_id: s.start for s in slices if s.request_id in self.requests}
         for request in pending:
@@ -237,12 +238,12 @@ class Scheduler:
     @property
     def _pace_s(self) -> float:
         """Prefill seconds per prompt token: as measured of late, before that as predicted; 0.0 if unknown."""
-        return self._flight.token_s or self._token_s
+        return self._flight.token_s or self._s_per_token
 
     def _predicted_s(self, work: Work) -> float:
         """Seconds by the decision in force: the guarded step, the mean of a prefill piece."""
         if isinstance(work, PrefillWork):
-            return self._token_s * work.num_tokens * (work.last_layer - work.first_layer) / self.num_layers
+            return self._s_per_token * work.num_tokens * (work.last_layer - work.first_layer) / self.num_layers
         return self.decision.decode_s
 
     # ---- decode lane -------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ class Scheduler:
         is_fused = self.decision.mode is Mode.FUSED and not self._open and not self._flight.num_pieces
         partition = self._flight.step_partition(self.decision.partition)
         if not is_fused and not partition.is_shared:
-            self._wake_s[Lane.DECODE] = self._flight.step_from_s(self._tbt_s, self._beside_s)
+            self._wake_s[Lane.DECODE] = self._flight.step_from_s(self._tbt_s, self._split_step_s)
             if now_s < self._wake_s[Lane.DECODE]:
                 return None
         special = [r for r in batch if r.is_special]
@@ -333,11 +334,12 @@ class Scheduler:
             return None  # most turns: nothing to ask the policy
         self._decide(now_s)
         decision = self.decision
+        # no chunk may begin: blocks have run out, or the policy has just turned to fused steps
         is_closed = not self._open and (self._is_draining or (is_stepping and decision.mode is Mode.FUSED))
         if is_closed or not self._flight.can_queue(decision.partition, is_stepping and not decision.holds_decode):
             return None
         if not self._open or (len(self._open) < MAX_OPEN_CHUNKS and not self._is_draining):
-            formed = self._form_chunk(now_s, decision.token_chunk)
+            formed = self._form_chunk(now_s, decision.token_chunk)  # beside an open one: only for who overtakes it
             self._open += [formed] if formed else []
         if not self._open:
             return None
@@ -347,7 +349,7 @@ class Scheduler:
         is_last, new_blocks = last == self.num_layers, chunk.new_blocks if first == 0 else ()
         work = PrefillWork(chunk.batch_id, chunk.slices, first, last, is_last, new_blocks)
         if work.sampled_ids and is_stepping and not decision.partition.is_shared:
-            times = self._predicted_s(work), self._tbt_s, self._beside_s
+            times = self._predicted_s(work), self._tbt_s, self._split_step_s
             self._wake_s[Lane.PREFILL] = self._flight.merge_from_s(*times)
             if now_s < self._wake_s[Lane.PREFILL]:
                 return None
@@ -357,7 +359,10 @@ class Scheduler:
         return work, decision.partition
 
     def _form_chunk(self, now_s: float, most_tokens: int, most_slices: int | None = None) -> Chunk | None:
-        """The next token chunk: prompts under way first, then the queue. While one is open: only who overtakes it."""
+        """The next token chunk, or None. If none is open: who overtakes, the prompts under way, the queue.
+
+        If one is open: only who overtakes it, in a chunk of its own.
+        """
         slices, new_blocks = [], []
         room = self.max_prefill_tokens if self._open else min(most_tokens, self.max_prefill_tokens)
         most_slices = most_slices or len(self._free_rows) + len(self.prefilling)
@@ -385,9 +390,9 @@ class Scheduler:
                 room -= request.take_slice(room, slices)
         if not slices:
             return None
-        self._num_batches += 1
+        self._num_chunks += 1
         self._newest = tuple(slices)
-        return Chunk(self._num_batches, self._newest, tuple(new_blocks))
+        return Chunk(self._num_chunks, self._newest, tuple(new_blocks))
 
     def _fits(self, request: Request, num_kept_blocks: int = 0) -> bool:
         """There is a row and room for it, and a block more for everybody under way: two if blocks ran out lately.

@@ -17,7 +17,7 @@ from nanodrift.baselines import make_policy
 from nanodrift.config import BLOCK_SIZE, ConfigError, EngineConfig, ModelConfig
 from nanodrift.cost import CostModel, Guard, Observer, Profile, find_profile, h200_prior, prior_for, read_profile
 from nanodrift.cpu import CpuExecutor
-from nanodrift.dispatch import Mode, Policy
+from nanodrift.decision import Mode, Policy
 from nanodrift.engine import Engine
 from nanodrift.executor import Executor
 from nanodrift.gpu import GpuExecutor

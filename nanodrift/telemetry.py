@@ -33,7 +33,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from nanodrift.dispatch import Decision, Mode
+from nanodrift.decision import Decision, Mode
 from nanodrift.plan import Completion, DecodeWork, FusedWork, Lane, Partition, PrefillWork, Ticket, Work
 from nanodrift.request import Request
 

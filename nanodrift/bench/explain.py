@@ -25,7 +25,7 @@ from nanodrift.bench import timeline
 from nanodrift.bench.residency import block
 from nanodrift.bench.simulate import WHOLE_CHIP, Wrap, simulated_engine, simulated_policy
 from nanodrift.config import SLO
-from nanodrift.dispatch import Decision, Load, Mode, Policy
+from nanodrift.decision import Decision, Load, Mode, Policy
 from nanodrift.engine import Engine
 from nanodrift.executor import Clock
 from nanodrift.plan import FusedWork, Lane

@@ -38,7 +38,7 @@ from nanodrift.bench.options import (
 from nanodrift.bench.policies import parse_all
 from nanodrift.bench.targets import EngineTarget, SimTarget
 from nanodrift.config import SLO
-from nanodrift.dispatch import Mode
+from nanodrift.decision import Mode
 from nanodrift.server.trace import Trace
 
 SEARCH_DRAIN_S = 60.0  # of a goodput search: what is not done a minute after the last arrival is a miss

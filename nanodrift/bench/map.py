@@ -25,7 +25,8 @@ from nanodrift.bench import calibrate
 from nanodrift.bench.windows import Driver, Shape
 from nanodrift.config import ConfigError, ModelConfig
 from nanodrift.cost import CostModel, DecodeLoad, Guard, Profile, find_profile, h200_prior, read_profile
-from nanodrift.dispatch import Decision, Dispatcher, Load, Mode
+from nanodrift.decision import Decision, Load, Mode
+from nanodrift.dispatch import Dispatcher
 from nanodrift.plan import Partition
 
 TBT_MS = (7, 8, 10, 12, 15, 20, 25, 30, 40, 50)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from nanodrift.baselines import make_policy
 from nanodrift.cost import CostModel, Guard
-from nanodrift.dispatch import Mode, Policy
+from nanodrift.decision import Mode, Policy
 from nanodrift.plan import Partition
 
 SEQUENTIAL = "sequential"

@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 
 from nanodrift.config import SLO
-from nanodrift.dispatch import Decision, Load, Mode
+from nanodrift.decision import Decision, Load, Mode
 from nanodrift.plan import Completion, DecodeWork, Lane, Partition, Ticket, Work
 from nanodrift.request import Request, SamplingParams
 from nanodrift.scheduler import Scheduler, TokenEvent

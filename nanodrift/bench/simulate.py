@@ -16,7 +16,7 @@ from pathlib import Path
 from nanodrift.bench.policies import PolicySpec, parse
 from nanodrift.config import SLO, ConfigError, ModelConfig
 from nanodrift.cost import CostModel, Guard, find_profile, h200_prior, read_profile
-from nanodrift.dispatch import Mode, Policy
+from nanodrift.decision import Mode, Policy
 from nanodrift.engine import Engine
 from nanodrift.executor import Clock
 from nanodrift.plan import Partition

@@ -162,7 +162,7 @@ def policies_table(points: list[dict]) -> str:
     for policy in dict.fromkeys(point["policy"] for point in points):
         cells = [[text(found[policy, tbt_ms]) for tbt_ms in promises] for text in columns.values()]
         rows.append([f"`{policy}`", *(" / ".join(dict.fromkeys(c) if len(set(c)) == 1 else c) for c in cells)])
-    return markdown([f"promise {' / '.join(f'{tbt_ms:g}' for tbt_ms in promises)} ms", *columns], rows)
+    return markdown([f"policy, at promises of {' / '.join(f'{tbt_ms:g}' for tbt_ms in promises)} ms", *columns], rows)
 
 
 def memory_table(on: dict, off: dict, long: dict) -> str:

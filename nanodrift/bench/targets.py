@@ -15,7 +15,7 @@ from nanodrift.bench import simulate
 from nanodrift.bench.policies import PolicySpec, parse
 from nanodrift.config import SLO, ConfigError, EngineConfig
 from nanodrift.cost import Observer
-from nanodrift.dispatch import Mode
+from nanodrift.decision import Mode
 from nanodrift.engine import Engine
 from nanodrift.scheduler import Scheduler
 
