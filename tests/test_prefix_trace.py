@@ -31,10 +31,12 @@ class CountingMachine:
 
     def __init__(self):
         self.clock, self.in_flight, self.num_prefill_tokens = VirtualClock(), deque(), 0
+        self.num_launched = 0
         self.partitions = (Partition(1, 1, is_shared=True),)
 
     def launch(self, work, partition):
-        self.in_flight.append(Ticket(0, work, partition, self.clock.now()))
+        self.num_launched += 1
+        self.in_flight.append(Ticket(self.num_launched, work, partition, self.clock.now()))
         return self.in_flight[-1]
 
     def wait(self, until_s):
