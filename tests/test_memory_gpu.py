@@ -62,14 +62,28 @@ def test_answers_do_not_depend_on_the_cache():
     assert stats[True]["kv_blocks_leaked"] == 0 and stats[True]["num_free_kv_blocks"] == OPTIONS["num_kv_blocks"]
 
 
+class Fickle:
+    """The dispatcher, restricted to another of its modes every few decisions."""
+
+    def __init__(self, dispatcher):
+        self.dispatcher, self.num_asked = dispatcher, 0
+
+    def choose(self, load, current=None):
+        self.num_asked += 1
+        self.dispatcher.modes = (tuple(Mode)[self.num_asked // 6 % len(Mode)],)
+        return self.dispatcher.choose(load, current)
+
+
 def test_multiplexed_answers_equal_those_of_taking_turns():
-    """Requests with promises of 5 to 60 ms come and go, so that the dispatcher keeps changing its mind."""
+    """Requests with promises of 5 to 60 ms come and go, and modes are taken from the dispatcher in turn."""
     rng = random.Random(9)
-    lengths = [rng.choice((40, 64, 200, 500, 1000, 2500)) for _ in range(300)]
+    lengths = [rng.choice((40, 64, 200, 500, 1000, 2500)) for _ in range(500)]
     answers = {}
     for policy in ("turns", "mux"):
         llm = LLM("llama-3-8b", policy=policy, **OPTIONS)
         engine, draw = llm.engine, random.Random(4)
+        if policy == "mux":
+            engine.scheduler.policy = Fickle(engine.scheduler.policy)
         now_s, requests, seen = engine.executor.clock.now(), [], []
         for i, length in enumerate(lengths):
             prompt = [draw.randrange(engine.vocab_size) for _ in range(length)]
