@@ -269,7 +269,8 @@ def test_r12_a_minute_of_the_soak(tmp_path):
     """The script itself; its long run is committed as results/server-soak.json."""
     path = tmp_path / "soak.json"
     command = [sys.executable, ROOT / "tests" / "soak.py", "--minutes", "1", "--output", path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     figure = json.loads(path.read_text())["R12 soak"]
     assert figure["errors"] == 0 and figure["kv_blocks_leaked"] == 0 and figure["requests"] > 50
