@@ -28,6 +28,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from nanodrift.config import ConfigError, ModelConfig
@@ -347,8 +348,9 @@ class Factor:
 class Guard:
     """Factors by lane and cell, corrected by every step that is judged. A fused step stands under the decode lane.
 
-    A cell never seen takes the worst seen neighbour, else the worst seen on as many SMs, else the prior. ``worst``
-    follows a slower step at once and forgives slowly, never below the mean times ``floor``.
+    A cell never seen takes the mean and the worst of its neighbours on as many SMs, which matter most, else of all
+    cells on as many, else of its neighbours on other SMs, else the prior. ``worst`` follows a slower step at once and
+    forgives slowly, never below the mean times ``floor``.
     """
 
     prior_mean: float = 1.12  # beside the other lane
@@ -376,9 +378,10 @@ class Guard:
 
     def _infer(self, lane: Lane, cell: Cell) -> Factor:
         like = [(other, f) for (of, other), f in self.factors.items() if of is lane and cell.is_like(other)]
-        near = [f for other, f in like if cell.is_near(other)]
-        if near := near or [f for other, f in like if other.decode_sms == cell.decode_sms]:
-            return Factor(max(f.mean for f in near), max(f.worst for f in near))
+        same = [(other, f) for other, f in like if other.decode_sms == cell.decode_sms]
+        near, far = ([f for other, f in of if cell.is_near(other)] for of in (same, like))
+        if near := near or [f for _, f in same] or far:
+            return Factor(fmean(f.mean for f in near), max(f.worst for f in near))
         return Factor(self.prior_mean, self.prior_worst) if cell.is_beside else Factor(1.0, self.alone_worst)
 
     def observe(self, lane: Lane, cell: Cell, solo_s: float, actual_s: float) -> None:

@@ -63,14 +63,14 @@ def test_answers_do_not_depend_on_the_cache():
 
 
 class Fickle:
-    """The dispatcher, restricted to another of its modes every few decisions."""
+    """The dispatcher, restricted to another of its modes at every decision."""
 
     def __init__(self, dispatcher):
         self.dispatcher, self.num_asked = dispatcher, 0
 
     def choose(self, load, current=None):
         self.num_asked += 1
-        self.dispatcher.modes = (tuple(Mode)[self.num_asked // 6 % len(Mode)],)
+        self.dispatcher.modes = (tuple(Mode)[self.num_asked % len(Mode)],)
         return self.dispatcher.choose(load, current)
 
 
@@ -89,7 +89,7 @@ def test_multiplexed_answers_equal_those_of_taking_turns():
             prompt = [draw.randrange(engine.vocab_size) for _ in range(length)]
             params = SamplingParams(temperature=1.0, seed=i, max_tokens=20 + i % 60, ignore_eos=True)
             slo = SLO(tbt_ms=draw.choice((5.0, 9.0, 12.0, 20.0, 60.0)))
-            requests.append(engine.new_request(prompt, params, slo=slo, arrival_s=now_s + 0.02 * i))
+            requests.append(engine.new_request(prompt, params, slo=slo, arrival_s=now_s + 0.04 * i))
         for request in requests:
             engine.add(request)
         while engine.has_work:

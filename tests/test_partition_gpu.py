@@ -5,14 +5,19 @@ context's stream is done (seen in 9 of 26,000 tries, in the last blocks of a gri
 """
 
 import os
+import random
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from test_memory_gpu import Fickle
 
 import nanodrift.gpu  # noqa: F401 (sets what CUDA reads when it starts)
+from nanodrift import LLM, SamplingParams
+from nanodrift.config import SLO
 from nanodrift.partition import split_device
+from nanodrift.plan import Lane
 
 pytestmark = pytest.mark.gpu
 
@@ -185,3 +190,63 @@ def test_plain_streams_where_green_contexts_are_not_wanted(split):
     assert plain.partitions == split.partitions
     assert plain.reason == "plain streams were asked for"
     assert all(one.decode_stream.priority < one.prefill_stream.priority for one in plain.streams)
+
+
+# ---- a serving run -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def mark_kernel(seen_ptr, num_spins):
+    """Marks the SM that each program runs on."""
+    sm = tl.inline_asm_elementwise(
+        "mov.u32 $0, %smid;", "=r,r", [tl.full([1], 0, tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+    )
+    x = tl.full([1], 1.0, tl.float32)
+    for _ in range(num_spins):
+        x = x * 1.0001 + 0.5
+    tl.store(seen_ptr + sm, tl.full([1], 1, tl.int32), mask=x > 0)
+
+
+def test_no_kernel_of_a_serving_run_leaves_its_half(monkeypatch):
+    """Behind every kernel that the engine launches or captures, on its stream, another marks the SMs it is given."""
+    seen = torch.zeros(64, 256, dtype=torch.int32, device="cuda")  # a row a stream
+    rows, run_kernel = {}, triton.runtime.jit.JITFunction.run
+
+    def run_and_mark(self, *args, **options):
+        found = run_kernel(self, *args, **options)
+        if self is not mark_kernel and not options.get("warmup"):
+            stream = torch.cuda.current_stream().cuda_stream
+            mark_kernel[(512,)](seen[rows.setdefault(stream, len(rows))], 100)
+        return found
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run_and_mark)
+    llm = LLM("llama-3-8b", load_format="dummy", max_model_len=4096, num_kv_blocks=1000)
+    engine, executor, draw = llm.engine, llm.engine.executor, random.Random(6)
+    for last in executor._last.values():
+        last.event.synchronize()
+    seen.zero_()  # what start-up did does not count
+    torch.cuda.current_stream().synchronize()
+    engine.scheduler.policy = Fickle(engine.scheduler.policy)
+    now_s = executor.clock.now()
+    for i in range(150):
+        prompt = [draw.randrange(engine.vocab_size) for _ in range(draw.choice((40, 200, 1000, 3000)))]
+        params = SamplingParams(temperature=float(i % 2), seed=i, max_tokens=20 + i % 40, ignore_eos=True)
+        slo = SLO(tbt_ms=draw.choice((9.0, 12.0, 20.0, 60.0)))
+        engine.add(engine.new_request(prompt, params, slo=slo, arrival_s=now_s + 0.03 * i))
+    while engine.has_work:
+        engine.step()
+    marked = {stream: set(seen[row].nonzero().flatten().tolist()) for stream, row in rows.items()}
+    marked = {stream: sms for stream, sms in marked.items() if sms}
+    num_used = 0
+    for one in executor.split.streams:
+        halves = [marked.pop(stream.cuda_stream, set()) for stream in (one.prefill_stream, one.decode_stream)]  # SMs
+        assert not halves[0] & halves[1]
+        for lane, sms in zip(Lane, halves, strict=True):
+            assert len(sms) in (0, one.partition.sms_of(lane)), "all of its SMs and no other"
+        num_used += all(halves)
+    print(
+        f"{num_used} partitions in use; {len(marked)} streams beside them: {[len(sms) for sms in marked.values()]} SMs"
+    )
+    assert num_used >= 3
+    assert len(marked) == 1, "one stream for the whole chip, and nothing outside the lanes"
+    llm.close()

@@ -327,7 +327,7 @@ def measure_cell(
         )
     if sum(not record.is_background for record in records) < len(workload.samples):
         raise KeyboardInterrupt
-    policy_figures = residency.figures(engine.stats(), predictions=engine.predictions())
+    policy_figures = residency.figures(engine.stats(), predictions=engine.predictions()) | engine.executor.counters()
     points = []
     for point in judged_points(cell, spec, rate, records, slo, workload, tbts_ms):
         point |= {"simulated": target.is_simulated, **policy_figures}
