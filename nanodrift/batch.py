@@ -16,7 +16,7 @@ import torch
 
 from nanodrift.config import BLOCK_SIZE
 from nanodrift.penalties import Penalties
-from nanodrift.plan import DecodeWork, NewBlocks, PrefillWork, RowParams
+from nanodrift.plan import DecodeWork, NewBlocks, PrefillWork, RowParams, is_wasteful
 from nanodrift.request import MAX_STOP_TOKEN_IDS
 
 # 32-bit ints of the host -> an int32 tensor on the device, stream-ordered: the given one if there is one, else any
@@ -42,6 +42,12 @@ class PassShape(NamedTuple):
         num_ended = sum(piece.params is not None for piece in slices)
         num_tokens = num_decoding + sum(len(piece.token_ids) for piece in slices)
         return cls(num_tokens, num_slices, num_decoding, num_ended + num_decoding)
+
+    def may_hold(self, needed: PassShape) -> bool:
+        """Whether work of that shape may be padded to this one: same lanes, room for all of it, not too much waste."""
+        has_room = all(room >= need for room, need in zip(self, needed, strict=True))
+        is_alike = (self.num_decoding > 0) == (needed.num_decoding > 0)
+        return has_room and is_alike and not (needed.num_slices and is_wasteful(needed.num_tokens, self.num_tokens))
 
 
 @dataclass

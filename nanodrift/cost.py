@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from nanodrift.config import ConfigError, ModelConfig
 from nanodrift.metrics import percentile
-from nanodrift.plan import Completion, DecodeWork, FusedWork, Lane, PrefillSlice, PrefillWork, Work
+from nanodrift.plan import Completion, DecodeWork, FusedWork, Lane, PrefillSlice, PrefillWork, Work, padded_tokens
 
 PROFILES = Path(__file__).parent / "profiles"
 SHAPE = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
@@ -229,7 +229,8 @@ class CostModel:
 
     def prefill_s(self, load: PrefillLoad, num_sms: int) -> float:
         """A token chunk through all layers, and the head for the prompts that end in it."""
-        device_s = self._pass_s(load.num_tokens, load.num_sampled, num_sms) + self._prefill_attention_s(load, num_sms)
+        device_s = self._pass_s(padded_tokens(load.num_tokens), load.num_sampled, num_sms)
+        device_s += self._prefill_attention_s(load, num_sms)
         return self.scale(PrefillWork, num_sms) * max(device_s, self.profile.host_launch_s * self.num_layers)
 
     def decode_s(self, load: DecodeLoad, num_sms: int) -> float:
@@ -239,7 +240,8 @@ class CostModel:
     def fused_s(self, prefill: PrefillLoad, decode: DecodeLoad, prefill_sms: int, decode_sms: int) -> float:
         """One pass for both on the whole chip; the attentions side by side if their SMs fit beside each other."""
         whole = self.profile.num_sms
-        rest_s = self._pass_s(prefill.num_tokens + decode.batch, prefill.num_sampled + decode.batch, whole)
+        num_tokens = padded_tokens(prefill.num_tokens + decode.batch, is_fused=True)
+        rest_s = self._pass_s(num_tokens, prefill.num_sampled + decode.batch, whole)
         attentions = self._prefill_attention_s(prefill, prefill_sms), self._decode_attention_s(decode, decode_sms)
         if prefill_sms + decode_sms > whole:
             attention_s = sum(attentions)

@@ -47,6 +47,14 @@ class Load:
         merged = DecodeLoad(self.decode.batch + num_ended, self.decode.context_tokens + context_tokens)
         return PrefillLoad.of_parts(parts, num_ended), merged
 
+    def like_first(self, chunk: PrefillLoad, most_tokens: int) -> PrefillLoad:
+        """This chunk, were all of it like the first prompt's next ``most_tokens``, cut into chunks of its size."""
+        left, start = self.prompts[0] if self.prompts else (self.prompt_tokens, self.prompt_start)
+        n = min(left, most_tokens)
+        prefix = start + max(0, n - chunk.num_tokens) / 2  # what is before a chunk, in the mean
+        num_pairs, num_prefix_pairs = (chunk.num_tokens * each for each in (start + n / 2, prefix))
+        return chunk._replace(num_pairs=num_pairs, num_prefix_pairs=num_prefix_pairs, longest=start + n)
+
 
 @dataclass(frozen=True)
 class Decision:

@@ -9,8 +9,10 @@ Three modes compete, each by the prompt tokens per second it computes while ever
 
 The paper's dispatcher (arXiv 2504.14489, section 3.4) is the first of them. Promises are judged by the guard's worst
 factor, throughput by what to expect: the guard's mean where prefill runs beside decode, the solo time in a fused step
-and in turns (whose decode steps count as promised). A choice changes only when another is better by a margin. Where no
-mode can keep the TBT, decode gets the chip, prefill a stated share of the time, and the decision says ``unmeetable``.
+and in turns (whose decode steps count as promised). Chunks of any size are compared as if they were all like the first
+prompt: a large one may end in the cheap head of the next. A choice changes to split, from it, or to another partition
+only when that is better by a margin. Where no mode can keep the TBT, decode gets the chip, prefill a stated share of
+the time, and the decision says ``unmeetable``.
 
 Imports no torch, reads no clock, keeps no state: the caller passes the decision in force.
 """
@@ -53,7 +55,7 @@ class Dispatcher:
         self.splits = sorted((p for p in partitions if not p.is_shared), key=lambda p: p.decode_sms)
 
     def choose(self, load: Load, current: Decision | None = None) -> Decision:
-        """The best option; the one in force unless it fails the TBT or another is better by the margin."""
+        """The best option. Into a split and out of it by the margin only: the lanes have to wait for each other."""
         if load.decode.batch == 0 or load.prompt_tokens == 0:
             return self._alone(load)
         options = self.options(load, current)
@@ -62,9 +64,10 @@ class Dispatcher:
         best = max(options, key=lambda option: option.prompt_tokens_per_s)
         in_force = current and (current.mode, current.partition)
         kept = next((option for option in options if (option.mode, option.partition) == in_force), None)
-        if kept is not None and best.prompt_tokens_per_s < (1 + HYSTERESIS) * kept.prompt_tokens_per_s:
-            return kept
-        return best
+        is_free = kept is None or Mode.SPLIT not in (best.mode, kept.mode)
+        if is_free or best.prompt_tokens_per_s > (1 + HYSTERESIS) * kept.prompt_tokens_per_s:
+            return best
+        return kept
 
     def options(self, load: Load, current: Decision | None = None) -> list[Decision]:
         """Every permitted way that keeps the TBT, at most one a mode."""
@@ -91,6 +94,7 @@ class Dispatcher:
     def _first_split(self, load: Load, partitions: Iterable[Partition], most_s: float) -> Decision | None:
         """On the first partition whose longest gap is at most ``most_s``."""
         chunk, merged = load.chunk(self.max_prefill_tokens)
+        alike = load.like_first(chunk, self.max_prefill_tokens)
         num_steps = MERGE_STEPS if chunk.num_sampled or load.is_merging else 1.0
         for partition in partitions:
             cell = Cell.of(chunk, load.decode, partition.decode_sms)
@@ -98,19 +102,20 @@ class Dispatcher:
             if (gap_s := decode_s * num_steps) <= most_s:
                 slowdown = self.guard.factor(Lane.PREFILL, cell).mean
                 prefill_s = self.cost.prefill_s(chunk, partition.prefill_sms) * slowdown
-                rate, layers = chunk.num_tokens / prefill_s, self._layers(decode_s, prefill_s)
+                rate = chunk.num_tokens / (self.cost.prefill_s(alike, partition.prefill_sms) * slowdown)
+                layers = self._layers(decode_s, prefill_s)
                 promise = {"step_s": gap_s, "decode_s": decode_s, "is_unmeetable": gap_s > load.tbt_s}
                 return Decision(Mode.SPLIT, partition, chunk.num_tokens, layers, prompt_tokens_per_s=rate, **promise)
         return None
 
     def fused_at(self, load: Load, partition: Partition, size: int) -> Decision:
-        """One pass for both, padded to ``size`` tokens and rows, its attentions on this partition, whatever the TBT."""
+        """One pass of at most ``size`` tokens for both, its attentions on this partition, whatever that takes."""
         chunk, _ = load.chunk(min(size - load.decode.batch, self.max_prefill_tokens), MAX_FUSED_SLICES)
-        padded = chunk._replace(num_tokens=size - load.decode.batch)
-        solo_s = self.cost.fused_s(padded, load.decode, partition.prefill_sms, partition.decode_sms)
+        alike, sms = load.like_first(chunk, self.max_prefill_tokens), (partition.prefill_sms, partition.decode_sms)
+        solo_s, alike_s = (self.cost.fused_s(one, load.decode, *sms) for one in (chunk, alike))
         cell = Cell.of(chunk, load.decode, partition.decode_sms, is_fused=True)
         step_s = solo_s * self.guard.factor(Lane.DECODE, cell).worst
-        rate, layers = chunk.num_tokens / solo_s, self.cost.num_layers
+        rate, layers = chunk.num_tokens / alike_s, self.cost.num_layers
         promise = {"step_s": step_s, "decode_s": step_s, "is_unmeetable": step_s > load.tbt_s}
         return Decision(Mode.FUSED, partition, chunk.num_tokens, layers, prompt_tokens_per_s=rate, **promise)
 
@@ -175,7 +180,9 @@ class Dispatcher:
         turns = math.ceil(num_layers / math.floor(room_s / layer_s))
         layers = math.ceil(num_layers / turns)  # even pieces
         gap_s = decode_s + layer_s * layers + head_s
-        rate = chunk.num_tokens / ((body_s + head_s) / slowest + turns * decode_s)
+        num_steps = turns + (not load.is_chunk_open)  # one before the first piece
+        alike_s = self.cost.prefill_s(load.like_first(chunk, self.max_prefill_tokens), sms)
+        rate = chunk.num_tokens / (alike_s + num_steps * decode_s)
         promise = {"step_s": gap_s, "decode_s": decode_s, "is_unmeetable": is_forced}
         return Decision(Mode.EXCLUSIVE, self.whole_chip, chunk.num_tokens, layers, prompt_tokens_per_s=rate, **promise)
 

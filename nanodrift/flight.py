@@ -91,6 +91,11 @@ class Flight:
         return any(not ticket.partition.is_shared for ticket in self._pieces.values())
 
     @property
+    def is_turning(self) -> bool:
+        """Prefill pieces are in flight on the whole chip, and a decode step behind them."""
+        return bool(self._pieces) and self.has_stepped and not self.is_split
+
+    @property
     def is_merging(self) -> bool:
         """A prompt is about to end beside the decode lane."""
         return bool(self._merges_s())

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 import torch
 
 from nanodrift.batch import PassShape
-from nanodrift.plan import FUSED_TOKENS, MAX_FUSED_SLICES, MAX_FUSED_TOKENS
+from nanodrift.plan import FUSED_TOKENS, MAX_FUSED_SLICES, MAX_FUSED_TOKENS, PREFILL_TOKENS
 
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-PREFILL_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1536, 2048)
-FUSED_ROWS = (64, 256)  # rows that do not decode cost attention a little, and products nothing
+FUSED_ROWS = (64, 128, 256)  # rows that do not decode cost attention a little, and products nothing
 
 
 def decode_shapes(num_rows: int) -> tuple[PassShape, ...]:

@@ -14,9 +14,23 @@ from typing import NamedTuple
 MAX_OPEN_CHUNKS = 2  # token chunks between their first and last layer: one under way, and one that was made to wait
 MAX_FUSED_TOKENS = 2048  # prompt tokens of a fused step, and ...
 MAX_FUSED_SLICES = 8  # ... the prompts they may come from: what executors have graphs for
-# Prompt tokens and decoding rows of a fused step together: the sizes of the graphs. Others are padded to the next one,
-# or launched operator by operator where that would waste more than a quarter.
+# The sizes of the graphs: tokens of a chunk, and of a fused step, its decoding rows among them.
+PREFILL_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1536, 2048)
 FUSED_TOKENS = (128, 192, 256, 320, 384, 512, 640, 768, 1024, 1152, 2048, 2176)
+MAX_WASTE = 1.25  # work is not padded by more than this ...
+MAX_FREE_TOKENS = 512  # ... beyond so many tokens: below, a pass takes longer to launch than to run
+
+
+def is_wasteful(num_tokens: int, size: int) -> bool:
+    """Whether so many tokens are rather launched operator by operator than padded to this size."""
+    return size > max(MAX_FREE_TOKENS, MAX_WASTE * num_tokens)
+
+
+def padded_tokens(num_tokens: int, is_fused: bool = False) -> int:
+    """What a pass over so many tokens is padded to, if at all."""
+    sizes = FUSED_TOKENS if is_fused else PREFILL_TOKENS
+    size = next((size for size in sizes if size >= num_tokens), num_tokens)
+    return num_tokens if is_wasteful(num_tokens, size) else size
 
 
 class Lane(Enum):

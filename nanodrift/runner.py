@@ -20,8 +20,6 @@ from nanodrift.plan import FLAGS, MAX_FUSED_SLICES, DecodeWork, FusedWork, Logpr
 from nanodrift.request import MAX_LOGPROBS
 
 ANSWER_WIDTH = 2 + 2 * MAX_LOGPROBS  # ints of a token that comes with logprobs
-MAX_WASTE = 1.25  # work is not padded by more than this ...
-MAX_FREE_TOKENS = 512  # ... beyond so many tokens: below, a pass takes longer to launch than to run
 
 
 @dataclass
@@ -156,14 +154,7 @@ class Runner:
 
     def _shape_for(self, needed: PassShape) -> PassShape:
         """The smallest of ``shapes`` that has room without too much waste, else just what is needed."""
-        for shape in self.shapes:
-            if (shape.num_decoding > 0) == (needed.num_decoding > 0) and all(
-                room >= need for room, need in zip(shape, needed, strict=True)
-            ):
-                most_tokens = max(MAX_FREE_TOKENS, MAX_WASTE * needed.num_tokens)
-                is_wasteful = needed.num_slices > 0 and shape.num_tokens > most_tokens
-                return needed if is_wasteful else shape
-        return needed
+        return next((shape for shape in self.shapes if shape.may_hold(needed)), needed)
 
     def _set_aside(self) -> None:
         """Makes room for another pass: a chunk that is under way keeps what it carries."""

@@ -268,9 +268,10 @@ class Scheduler:
         last_s = min([r.token_s[-1] for r in batch if not r.num_launched_tokens and r.token_s], default=start_s)
         self._waited_s = start_s - last_s
         self._decide(now_s)
-        if self.decision.holds_decode:
-            return None
-        is_fused = self.decision.mode is Mode.FUSED and not self._open and not self._flight.num_pieces
+        is_fused = self.decision.mode is Mode.FUSED and not self._open
+        if self.decision.holds_decode or (is_fused and self._flight.is_turning):
+            return None  # a fused step follows as soon as the last piece of a chunk is done
+        is_fused = is_fused and not self._flight.num_pieces
         partition = self._flight.step_partition(self.decision.partition)
         if not is_fused and not partition.is_shared:
             self._wake_s[Lane.DECODE] = self._flight.step_from_s(self._tbt_s, self._split_step_s)

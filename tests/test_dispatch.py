@@ -104,7 +104,8 @@ def test_exclusive_takes_the_fewest_turns_that_the_tbt_allows():
     gaps_s = [decode_s + layers * layer_s * worst for layers in (decision.layers, -(-32 // (turns - 1)))]
     assert gaps_s[0] <= 0.020 < gaps_s[1]
     assert decision.step_s == pytest.approx(gaps_s[0])
-    assert decision.prompt_tokens_per_s == pytest.approx(2048 / (32 * layer_s + turns * decode_s))
+    steps_s = (turns + 1) * decode_s  # one before the first piece
+    assert decision.prompt_tokens_per_s == pytest.approx(2048 / (32 * layer_s + steps_s))
 
 
 def test_exclusive_pieces_shrink_when_steps_were_slower_than_predicted():

@@ -44,7 +44,7 @@ from nanodrift.cost import (
     Profile,
     h200_prior,
 )
-from nanodrift.plan import FUSED_TOKENS, Lane, Partition
+from nanodrift.plan import FUSED_TOKENS, Lane, Partition, padded_tokens
 
 WINDOW_S, QUICK_WINDOW_S = 1.5, 0.5
 LIGHT = 0.55  # of a window, where only decode runs: it draws too little for the clock to fall
@@ -168,16 +168,15 @@ def _fit_fused(profile: Profile, config: ModelConfig, rows: list[dict]) -> Profi
     """More rows of the table, where fused steps show what sizes between cost; then the price of being side by side.
 
     Products take time in steps (a few more tokens can cost another wave of tiles), which is why those rows matter.
-    Their cells on fewer SMs lie on the straight line between their neighbours. ``ran_tokens`` is what the executor
-    padded a step to, where a row says so.
+    Their cells on fewer SMs lie on the straight line between their neighbours.
     """
     rest: dict[int, list[float]] = defaultdict(list)
     model = CostModel(config, profile)
     for row in rows:
         prefill, decode = loads(row)
-        num_tokens = row.get("ran_tokens", prefill.num_tokens + decode.batch)
+        num_tokens = padded_tokens(prefill.num_tokens + decode.batch, is_fused=True)
         if row["shared"] and num_tokens > 256:
-            products_s = model.products_s(prefill.num_tokens + decode.batch, profile.num_sms)
+            products_s = model.products_s(num_tokens, profile.num_sms)
             rest[num_tokens].append(row["step_ms"]["p50"] / 1e3 - predicted_s(model, row, Lane.DECODE) + products_s)
     passes, least_s = dict(profile.passes), float("inf")
     for num_tokens, seconds in sorted(rest.items(), reverse=True):
@@ -201,8 +200,6 @@ def factors(cost: CostModel, rows: list[dict]) -> tuple[tuple, ...]:
     cells: dict[tuple, list[tuple[float, float, int]]] = defaultdict(list)
     for row in rows:
         prefill, decode = loads(row)
-        if row.get("ran_tokens", 0) > 1.05 * (prefill.num_tokens + decode.batch):
-            continue
         cell = Cell.of(prefill, decode, row["decode_sms"], row["fused"])
         for lane, key in ((Lane.DECODE, "step_ms"), (Lane.PREFILL, "chunk_ms")):
             if key in row:

@@ -165,7 +165,7 @@ def choice() -> str:
             f" ({fused.token_chunk} prompt tokens and {batch} of decode are {fused.token_chunk + batch}, a size that a "
             "CUDA graph was captured for.)"
         )
-    taken += f" It stays while its mode offers it on the same SMs and no other is better by {HYSTERESIS:.0%}."
+    taken += f" Each step asks again; only into a split or out of it must the other be better by {HYSTERESIS:.0%}."
     return f"{head}{''.join(rows)}\n{taken}{_later(moment, dispatcher)}\n"
 
 
