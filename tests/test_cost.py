@@ -421,6 +421,17 @@ def test_sums_of_rates_are_shares_of_the_whole_chip():
     assert (found["way"], found["decode_sms"], found["context"], found["watts"]) == ("split", 32, 1024, 690.0)
 
 
+def test_sums_are_written_from_the_windows_of_a_calibration(tmp_path, capsys):
+    windows, output = ROOT / "results" / "h200" / "calibration.json", tmp_path / "corun.json"
+    assert sharing.main(["--model", "llama-3.1-8b", "--corun-of", str(windows), "--output", str(output)]) == 0
+    written = json.loads(output.read_text())
+    assert written == json.loads((windows.parent / "corun.json").read_text()), "run bench.py map --corun-of again"
+    best = {key: max(r["sum"] for r in written["sums"] if (r["batch"], r["context"]) == key and r["way"] == "split")
+            for key in ((16, 1024), (16, 8192), (64, 1024), (64, 8192))}  # fmt: skip
+    assert all(1.0 < share < 1.5 for share in best.values()), "both lanes at once do more than in turns"
+    assert "decode on  64 SMs, split" in capsys.readouterr().out
+
+
 def test_the_map_needs_no_torch():
     script = (
         "import sys; sys.modules['torch'] = None\nfrom nanodrift.bench import map\nsys.exit(map.main(sys.argv[1:]))"

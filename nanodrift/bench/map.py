@@ -7,6 +7,10 @@ Four ways: the two lanes on a split chip; one fused batch, its attentions in seq
 by side where that pays; the chip in turns. Each is sized by the dispatcher's own functions to the largest prompt rate
 whose guarded gap between tokens keeps the TBT. Prompts arrive without end, so this is throughput, not TTFT.
 ``--measure`` runs the corners for real, and says what gap and rate came of what was chosen.
+
+    python bench.py map --model llama-3.1-8b --corun-of calibration.json --output corun.json
+
+adds up, from the windows of a calibration, what both lanes do at once, each as a share of what it does alone.
 """
 
 from __future__ import annotations
@@ -210,14 +214,30 @@ def main(argv: list[str] | None = None) -> int:
     parser = calibrate.parser("map", __doc__)
     parser.add_argument("--profile", type=Path, metavar="FILE", help="default: the one shipped for an H200")
     parser.add_argument("--measure", action="store_true", help="run the corners, on this GPU")
+    parser.add_argument("--corun-of", type=Path, metavar="WINDOWS", help="of bench.py calibrate --windows")
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="PREFIX", help="writes PREFIX.png and PREFIX.svg")
     options = parser.parse_args(argv)
     try:
-        return _run(options)
+        return _write_corun(options) if options.corun_of else _run(options)
     except ConfigError as error:
         print(f"bench.py map: {error}", file=sys.stderr)
         return 2
+
+
+def _write_corun(options: argparse.Namespace) -> int:
+    kept = json.loads(options.corun_of.read_text())
+    sums = corun(kept.pop("windows"))
+    for row in sums:
+        print(
+            f"{row['batch']:>4} x {row['context']:>6}, decode on {row['decode_sms']:>3} SMs, {row['way']:<6} "
+            f"{row['decode_share']:.3f} + {row['prefill_share']:.3f} = {row['sum']:.3f}"
+        )
+    if options.output:
+        head = json.dumps(kept | {"what": "rate beside the other lane over the rate alone on the whole chip"})[1:-1]
+        lines = ",\n  ".join(map(json.dumps, sums))
+        options.output.write_text(f'{{{head}, "sums": [\n  {lines}\n]}}\n')
+    return 0
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -148,9 +148,11 @@ def online_table(ours: dict, peers: dict) -> str:
 
 
 def policies_table(points: list[dict]) -> str:
-    """A row a policy, its figures under each TBT promise beside each other; equal ones once."""
+    """A row a policy (and rate), its figures under each TBT promise beside each other; equal ones once."""
     promises = sorted({point["slo"]["tbt_ms"] for point in points})
-    found = {(point["policy"], point["slo"]["tbt_ms"]): point for point in points}
+    has_rates = len({point["rate"] for point in points}) > 1
+    names = [f"`{point['policy']}`" + f" at {point['rate']}/s" * has_rates for point in points]
+    found = {(name, point["slo"]["tbt_ms"]): point for name, point in zip(names, points, strict=True)}
     columns = {
         "good": lambda p: f"{p['slo_attainment']:.0%}",
         "P50 TTFT ms": lambda p: f"{p['median_ttft_ms']:,.0f}",
@@ -159,10 +161,10 @@ def policies_table(points: list[dict]) -> str:
         "longest gap ms": lambda p: f"{p['max_tbt_ms']:,.1f}",
     }
     rows = []
-    for policy in dict.fromkeys(point["policy"] for point in points):
-        cells = [[text(found[policy, tbt_ms]) for tbt_ms in promises] for text in columns.values()]
-        rows.append([f"`{policy}`", *(" / ".join(dict.fromkeys(c) if len(set(c)) == 1 else c) for c in cells)])
-    return markdown([f"policy, at promises of {' / '.join(f'{tbt_ms:g}' for tbt_ms in promises)} ms", *columns], rows)
+    for name in dict.fromkeys(names):
+        cells = [[text(found[name, tbt_ms]) for tbt_ms in promises] for text in columns.values()]
+        rows.append([name, *(" / ".join(dict.fromkeys(c) if len(set(c)) == 1 else c) for c in cells)])
+    return markdown([f"policy, TBT promised: {' / '.join(f'{tbt_ms:g}' for tbt_ms in promises)} ms", *columns], rows)
 
 
 def memory_table(on: dict, off: dict, long: dict) -> str:
