@@ -6,6 +6,7 @@ with Completions. A recorded list of them is a complete account of a run.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -29,7 +30,7 @@ def is_wasteful(num_tokens: int, size: int) -> bool:
 def padded_tokens(num_tokens: int, is_fused: bool = False) -> int:
     """What a pass over so many tokens is padded to, if at all."""
     sizes = FUSED_TOKENS if is_fused else PREFILL_TOKENS
-    size = next((size for size in sizes if size >= num_tokens), num_tokens)
+    size = sizes[bisect_left(sizes, num_tokens)] if num_tokens <= sizes[-1] else num_tokens
     return num_tokens if is_wasteful(num_tokens, size) else size
 
 
