@@ -1,4 +1,4 @@
-"""The executor without a GPU: the same model through the torch references, each piece of work run when it is launched.
+"""The executor without a GPU: the same model through the torch references, a piece of work each time it is waited for.
 
 The correctness oracle of the other executors, and what a laptop gets. Both lanes share the one processor.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import deque
 
 import torch
 
@@ -47,24 +48,24 @@ class CpuExecutor:
         self._prefill = Runner(model, kv, rows, lane, max_prefill_tokens + num_rows)
         self._decode = Runner(model, kv, rows, lane, num_rows)
         self._num_tickets = 0
-        self._done: list[Completion] = []
+        self._queue: deque[Ticket] = deque()
 
-    @torch.inference_mode()
     def launch(self, work: Work, partition: Partition) -> Ticket:
         self._num_tickets += 1
-        started_s = self.clock.now()
-        ticket = Ticket(self._num_tickets, work, partition, launched_s=started_s)
-        runner = self._decode if isinstance(work, DecodeWork) else self._prefill
-        found = read_answer(work, runner.carry_out(work, _upload))
-        finished_s = self.clock.now()
-        self._done.append(Completion(ticket, finished_s, busy_s=finished_s - started_s, **found))
-        return ticket
+        self._queue.append(Ticket(self._num_tickets, work, partition, launched_s=self.clock.now()))
+        return self._queue[-1]
 
+    @torch.inference_mode()
     def wait(self, until_s: float | None) -> list[Completion]:
-        if not self._done and until_s is not None:
-            time.sleep(max(0.0, until_s - self.clock.now()))
-        done, self._done = self._done, []
-        return done
+        if not self._queue:
+            if until_s is not None:
+                time.sleep(max(0.0, until_s - self.clock.now()))
+            return []
+        ticket, started_s = self._queue.popleft(), self.clock.now()
+        runner = self._decode if isinstance(ticket.work, DecodeWork) else self._prefill
+        found = read_answer(ticket.work, runner.carry_out(ticket.work, _upload))
+        finished_s = self.clock.now()
+        return [Completion(ticket, finished_s, busy_s=finished_s - started_s, **found)]
 
     def counters(self) -> dict[str, int | float]:
         return {}

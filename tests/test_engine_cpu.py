@@ -147,12 +147,22 @@ def test_a_fused_step_gives_the_tokens_of_separate_ones(model):
     separate, first = start()
     separate.launch(decode, separate.partitions[0])
     separate.launch(prefill(2, "b", 1, b, (2, 9)), separate.partitions[0])
-    (step, chunk) = separate.wait(None)
+    step, chunk = separate.wait(None) + separate.wait(None)
     fused, first_again = start()
     fused.launch(FusedWork(prefill(2, "b", 1, b, (2, 9)), decode), fused.partitions[0])
     (both,) = fused.wait(None)
     assert first == first_again
     assert both.tokens == chunk.tokens + step.tokens
+
+
+def test_a_token_is_out_before_the_next_is_computed(model):
+    """Two steps are in flight, but who waits gets one after the other: a stream does not come in pairs."""
+    engine = make_engine(model)
+    engine.add(engine.new_request(prompts()[2], SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)))
+    counts = []
+    while engine.has_work:
+        counts.append(sum(len(event.token_ids) for event in engine.step()))
+    assert sum(counts) == 12 and max(counts) == 1
 
 
 def chat(engine, params, num_turns=4, num_chats=3):

@@ -221,7 +221,7 @@ def test_a_fused_step_counts_and_scores_like_separate_ones(model):  # noqa: F811
     separate, fused = start(), start()
     separate.launch(decode, separate.partitions[0])
     separate.launch(prefill(2, "b", 1, b, (2, 9)), separate.partitions[0])
-    step, chunk = separate.wait(None)
+    step, chunk = separate.wait(None) + separate.wait(None)
     fused.launch(FusedWork(prefill(2, "b", 1, b, (2, 9)), decode), fused.partitions[0])
     (both,) = fused.wait(None)
     assert both.tokens == chunk.tokens + step.tokens
