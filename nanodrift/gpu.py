@@ -282,7 +282,8 @@ class GpuExecutor:
                         runner.sample(*sampled, is_special, is_special, is_special, is_special)
                 for num_tokens in sizes if kind is PrefillWork else ():  # no graph is sure to have room for it
                     most = runner.model.cos_sin.shape[0]  # positions: a longer slice would run out of its tables
-                    for num_slices in {max(n, -(-num_tokens // most)) for n in (1, min(3, num_tokens))}:
+                    counts = (1, min(3, num_tokens), min(self.num_rows, num_tokens))  # the last: to sample them all
+                    for num_slices in {max(n, -(-num_tokens // most)) for n in counts}:
                         token_ids = (0,) * (num_tokens // num_slices)
                         next_ids = token_ids[1:] if num_tokens <= 64 else ()
                         piece = PrefillSlice("warm-up", runner.rows.spare_row, 0, token_ids, params, True, 9, next_ids)

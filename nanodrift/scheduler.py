@@ -87,7 +87,7 @@ class Scheduler:
         self._decided: tuple = ()  # what the decision in force was made for
         self._s_per_token = 0.0  # prefill seconds per prompt token, as last predicted; 0: unknown
         self._waited_s = 0.0  # of their TBT, when the next step starts
-        self._split_step_s = 0.0  # guarded prediction of a decode step beside prefill pieces
+        self._split_step_s: dict[Partition, float] = {}  # guarded prediction of a decode step beside prefill pieces
         self._wake_s = dict.fromkeys(Lane, math.inf)
         self._is_draining = False  # blocks ran out: launch nothing new until nothing is in flight
         self._is_tight = False  # they did so lately: admit only who leaves twice the usual room
@@ -206,7 +206,7 @@ class Scheduler:
         load = Load(self._decode, tbt_s, num_tokens, start, bool(self._open), prompts, self._flight.is_merging)
         self.decision = self.policy.choose(load, self.decision)
         if self.decision.mode is Mode.SPLIT:
-            self._split_step_s = self.decision.decode_s
+            self._split_step_s[self.decision.partition] = self.decision.decode_s
         if self.decision.prompt_tokens_per_s:
             self._s_per_token = 1 / self.decision.prompt_tokens_per_s
 
@@ -274,7 +274,8 @@ class Scheduler:
         is_fused = is_fused and not self._flight.num_pieces
         partition = self._flight.step_partition(self.decision.partition)
         if not is_fused and not partition.is_shared:
-            self._wake_s[Lane.DECODE] = self._flight.step_from_s(self._tbt_s, self._split_step_s)
+            # its own partition's: pieces may hold the decision's SMs yet
+            self._wake_s[Lane.DECODE] = self._flight.step_from_s(self._tbt_s, self._split_step_s.get(partition, 0.0))
             if now_s < self._wake_s[Lane.DECODE]:
                 return None
         special = [r for r in batch if r.is_special]
@@ -350,7 +351,7 @@ class Scheduler:
         is_last, new_blocks = last == self.num_layers, chunk.new_blocks if first == 0 else ()
         work = PrefillWork(chunk.batch_id, chunk.slices, first, last, is_last, new_blocks)
         if work.sampled_ids and is_stepping and not decision.partition.is_shared:
-            times = self._predicted_s(work), self._tbt_s, self._split_step_s
+            times = self._predicted_s(work), self._tbt_s, self._split_step_s.get(decision.partition, 0.0)
             self._wake_s[Lane.PREFILL] = self._flight.merge_from_s(*times)
             if now_s < self._wake_s[Lane.PREFILL]:
                 return None

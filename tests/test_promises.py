@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -49,6 +50,29 @@ def test_no_gap_is_late_while_long_prompts_keep_coming(policy, tbt_ms):
     while engine.has_work:
         engine.step()
     assert max(gap for request in requests for gap in gaps_ms(request.token_s)) <= tbt_ms
+
+
+@pytest.mark.parametrize("seed", [6, 8])
+def test_no_gap_of_24_chat_users_is_late_beside_a_prompt_of_100000_tokens(seed):
+    """Each asks again when answered. Where the split changes, steps run on the old half until its pieces are done."""
+    engine, draw, requests = engine_of("mux", slo := SLO(ttft_ms=60_000, tbt_ms=20)), Random(seed), []
+
+    def ask():
+        params = SamplingParams(max_tokens=draw.randint(150, 250), ignore_eos=True)
+        requests.append(engine.new_request([1] * draw.randint(200, 500), params, slo=slo))
+        engine.add(requests[-1])
+
+    for _ in range(24):
+        ask()
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    long = engine.new_request([2] * 100_000, params, slo=slo, arrival_s=1.0)
+    engine.add(long)
+    while not long.is_finished:
+        for event in engine.step():
+            if event.finish_reason is not None and event.request_id != long.request_id:
+                ask()
+    assert max(gap for request in requests for gap in gaps_ms(request.token_s)) <= 20
+    assert len(requests) > 48, "they talked on"
 
 
 def prefill_tokens_per_s(policy, tbt_ms):
