@@ -96,11 +96,16 @@ class PagedMachine:
         pass
 
     def _take_state_set(self, work: PrefillWork) -> None:
-        """A chunk that begins takes the state set that was not used for longest; one that goes on must have one."""
+        """A chunk that begins takes a free state set, else that not used for longest; one that goes on must have one.
+
+        The set of a chunk whose last piece is launched is free: what begins behind it runs behind it.
+        """
         if work.first_layer > 0:
             assert work.batch_id in self.state_sets, "its hidden states were given to another chunk"
             self.state_sets.remove(work.batch_id)
         self.state_sets = [*self.state_sets, work.batch_id][-MAX_OPEN_CHUNKS:]
+        if work.is_last:
+            self.state_sets.remove(work.batch_id)
 
     def _is_first(self, index: int) -> bool:
         """Of its lane, and of those that hold the same SMs."""

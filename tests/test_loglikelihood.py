@@ -8,7 +8,7 @@ import json
 import httpx
 import pytest
 import torch
-from running_server import PATIENCE_S, ROOT, TOKENIZER, program
+from running_server import PATIENCE_S, ROOT, TOKENIZER, figures_of, program
 from transformers import AutoModelForCausalLM
 
 FOLDER = ROOT / "nanodrift" / "embedded"
@@ -123,6 +123,11 @@ def test_lm_eval_scores_as_transformers(url, loglikelihood, tmp_path):
             totals.append(expected)
         num_right += totals.index(max(totals)) == 0
     accuracy = result["results"]["stories"]["acc,none"]
-    print(f"loglikelihoods differ by {largest_error:.1e} at most; accuracy {accuracy}")
+    with figures_of("loglikelihood") as figures:
+        figures["lm-eval local-completions against transformers"] = {
+            "loglikelihoods": len(PAIRS),
+            "largest difference": float(f"{largest_error:.1e}"),
+            "accuracy": accuracy,
+        }
     assert largest_error < 1e-3
     assert accuracy == num_right / len(STORIES)

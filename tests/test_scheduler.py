@@ -878,6 +878,22 @@ class EngineMachine(RuleBasedStateMachine):
                 assert request.output_token_ids == expected
 
 
+def test_two_prompts_pass_a_chunk_that_is_under_way():
+    """One after the other: the state set of the first is free for the second. Found by the machine above."""
+    state = EngineMachine()
+    state.start(num_blocks=6, num_rows=3, chunk=64, layers=1, seed=184, has_any_policy=True)
+    state.add_prompt(prompt_of(128, 0), 1, None)
+    state.add_prompt(prompt_of(128, 0), 14, None)
+    state.engine.abort(state.requests[0][0].request_id)
+    state.step(num_steps=15)
+    state.engine.abort(state.requests[1][0].request_id)
+    for prompt in (prompt_of(128, 0), [1], [1]):
+        state.add_prompt(prompt, 1, None)
+    state.evict(num_blocks=2)
+    state.step(num_steps=5)
+    state.teardown()
+
+
 EngineMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, derandomize=True, deadline=None)
 TestEngineMachine = EngineMachine.TestCase
 
