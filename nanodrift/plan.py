@@ -30,7 +30,7 @@ def is_wasteful(num_tokens: int, size: int) -> bool:
 def padded_tokens(num_tokens: int, is_fused: bool = False) -> int:
     """What a pass over so many tokens is padded to, if at all."""
     sizes = FUSED_TOKENS if is_fused else PREFILL_TOKENS
-    size = sizes[bisect_left(sizes, num_tokens)] if num_tokens <= sizes[-1] else num_tokens
+    size = sizes[bisect_left(sizes, num_tokens)] if 0 < num_tokens <= sizes[-1] else num_tokens
     return num_tokens if is_wasteful(num_tokens, size) else size
 
 

@@ -11,7 +11,7 @@ from nanodrift.config import ModelConfig
 from nanodrift.graphs import decode_shapes, fused_shapes, prefill_shapes
 from nanodrift.model import KVPool, Model
 from nanodrift.ops import LaneResources
-from nanodrift.plan import DecodeWork, FusedWork, NewBlocks, PrefillSlice, PrefillWork, RowParams
+from nanodrift.plan import DecodeWork, FusedWork, NewBlocks, PrefillSlice, PrefillWork, RowParams, padded_tokens
 from nanodrift.runner import Runner
 from nanodrift.weights import dummy_weights
 
@@ -149,3 +149,13 @@ def test_work_is_padded_a_little_or_not_at_all(model):
     assert runner._shape_for(PassShape(512, 4, 100, 103)) == PassShape(512, 9, 128, 136)
     for needed in (PassShape(1025, 1, 0, 1), PassShape(600, 9, 0, 9), PassShape(1200, 2, 16, 17)):
         assert runner._shape_for(needed) == needed
+
+
+def test_what_is_priced_is_what_is_run(model):
+    """The cost model knows sizes, the runner shapes: for every number of tokens they pad to the same."""
+    runner = Machine(model).prefill_runner
+    runner.shapes = tuple(sorted(prefill_shapes(2048) + fused_shapes(2048, 256), key=lambda shape: shape.num_tokens))
+    for n in range(1, 2050):
+        assert runner._shape_for(PassShape(n, 1, 0, 1)).num_tokens == padded_tokens(n)
+        assert runner._shape_for(PassShape(n + 16, 2, 16, 17)).num_tokens == padded_tokens(n + 16, is_fused=True)
+    assert padded_tokens(0) == padded_tokens(0, is_fused=True) == 0
