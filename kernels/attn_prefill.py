@@ -11,12 +11,22 @@ tokens, one table entry) a step: first the blocks that every row sees whole, the
 softmax runs online, in fp32, in powers of two. num_sms * PROGRAMS_PER_SM programs draw tiles from a counter,
 the longest of a request first; two small programs on an SM hide each other's waits better than one of twice the size.
 
+Few tiles, each over a long context, would fill a last round of programs in part: 256 tiles take as long on 232 programs
+as on 128. So, given scratch, a launch of at most MAX_TILES tiles cuts those of requests with 3 * PART_BLOCKS cached
+blocks or more along the keys, as many tiles as MAX_PARTS allows: from 3 parts on, one for each PART_BLOCKS, at most
+FEWEST_PARTS where tiles are many and MOST_PARTS where they are few. The k-th part from the end ends at
+1 - (k / n) ** 2 of the tile's blocks: 7, 5, 3 and 1 sixteenths for four. First all tiles left whole are drawn, then the
+first parts of all others, then their second parts; what comes last is small, so programs end together. A part leaves
+its sums (o, m, l) in scratch, written once and read once, 33 KiB at D = 128 (a tenth of a percent of what 32k keys read
+in four parts); the program that brings a tile's last part adds them up in the order of the keys. Which tiles are cut,
+and where, follows from lengths and sizes alone, found on the device: num_sms changes no bit.
+
 Each step multiplies the previous block's probabilities with V while it computes the softmax of its own scores: the
 product needs no result of this step, so the tensor cores work through the exponentials.
 
-A row's result depends on its own query and its request's keys alone: blocks that only other rows of the tile need
-multiply its sum by one and add zero. So the bits are the same for any chunking, batch and SM count, and a decode step
-run through here gives the bits that prefill would give.
+In a tile left whole a row's result depends on its own query and its request's keys alone: blocks that only other rows of the tile need
+multiply its sum by one and add zero. So without scratch the bits are the same for any chunking, batch and SM count, and
+a decode step run through here gives the bits that prefill would give.
 
 The file refuses to know where the blocks came from and who else reads them. Tests: tests/test_kernels_attention.py.
 """
@@ -30,6 +40,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 BLOCK_SIZE = 64
 LOG2_E = 1.4426950408889634
 PROGRAMS_PER_SM = 2  # what registers and shared memory hold at once
+BLOCK_M = 64  # rows of a tile; half of it without bulk copies
+
+# Which tiles are cut along the keys, and where. PART_BLOCKS >= 2 * MOST_PARTS, which makes the smallest part two blocks
+# at least: so every row of a tile sees a key in each part.
+PART_BLOCKS = 40  # cached for each part, on average; with fewer than three parts a tile is left whole
+FEWEST_PARTS, MOST_PARTS = 4, 12  # of a tile, where there are keys enough
+MAX_PARTS = 1536  # of all tiles of a launch: what scratch holds
+MAX_TILES = 2560  # of a launch that cuts any; with more, the round that is filled in part costs little
+MAX_REQUESTS = 64  # of a launch that cuts any
 
 
 def has_bulk_copies():
@@ -120,12 +139,58 @@ def _attend_blocks(
     return p, rescale, row_max, row_sum, acc
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_tiles", "max_blocks"])
+@triton.jit
+def _lay_out(
+    query_starts, context_lens, num_requests, most_parts, max_split,
+    TILE_QUERIES: tl.constexpr, SEARCH: tl.constexpr, PART_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Where each request's tiles end among those left whole, and among those that are cut; the most parts of any."""
+    index = tl.arange(0, SEARCH)
+    starts = tl.load(query_starts + index, mask=index < num_requests, other=0)
+    num_queries = tl.load(query_starts + index + 1, mask=index < num_requests, other=0) - starts
+    cached = tl.load(context_lens + index, mask=index < num_requests, other=0) - num_queries
+    tiles = (num_queries + TILE_QUERIES - 1) // TILE_QUERIES
+    parts = tl.where(cached >= 3 * PART_KEYS, tl.minimum(cached // PART_KEYS, most_parts), 0)
+    split_ends = tl.minimum(tl.cumsum(tl.where(parts > 0, tiles, 0), 0), max_split)
+    return tl.cumsum(tiles, 0) - split_ends, split_ends, tl.max(parts, 0)
+
+
+@triton.jit
+def _cut(num_blocks, part, num_parts):
+    """The block that a part begins with: each is smaller than the one before, so that the work drawn last is little."""
+    return num_blocks * part * (2 * num_parts - part) // (num_parts * num_parts)
+
+
+@triton.jit
+def _merge(first, num_parts, partial_o, partial_m, partial_l, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """A tile's result [M, D] from its parts, in the order of their keys."""
+    total_max = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
+    total_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
+    for part in range(first, first + num_parts):
+        part_rows = part * BLOCK_M + tl.arange(0, BLOCK_M)
+        # .cg: other SMs wrote these during this launch, so not from this SM's L1
+        part_max = tl.load(partial_m + part_rows, cache_modifier=".cg")
+        part_sum = tl.load(partial_l + part_rows, cache_modifier=".cg")
+        offsets = part_rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+        o = tl.load(partial_o + offsets, cache_modifier=".cg")  # [M, D]
+        new_max = tl.maximum(total_max, part_max)
+        weight = tl.math.exp2(part_max - new_max)
+        rescale = tl.math.exp2(total_max - new_max)
+        total_sum = total_sum * rescale + part_sum * weight
+        total = total * rescale[:, None] + o * weight[:, None]
+        total_max = new_max
+    return total / total_sum[:, None]
+
+
+@triton.jit(do_not_specialize=["num_requests", "num_tiles", "max_blocks", "most_parts", "max_split"])
 def _attn_prefill_kernel(
     q_ptr, k_cache, v_cache, block_table, rows, query_starts, context_lens, out_ptr, tiles_taken,
-    num_requests, num_tiles, max_blocks, qk_scale,
+    partial_o, partial_m, partial_l, arrivals,
+    num_requests, num_tiles, max_blocks, most_parts, max_split, qk_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, SEARCH: tl.constexpr, BULK: tl.constexpr,
+    SPLIT: tl.constexpr, PART_KEYS: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TILE_QUERIES: tl.constexpr = BLOCK_M // GROUP
@@ -134,6 +199,14 @@ def _attn_prefill_kernel(
     slots = tl.arange(0, BLOCK)
     candidates = tl.arange(0, SEARCH)
 
+    if (
+        SPLIT
+    ):  # tiles left whole have the first numbers; then come the first parts of all others, their second parts, ...
+        whole_ends, split_ends, num_rounds = _lay_out(
+            query_starts, context_lens, num_requests, most_parts, max_split, TILE_QUERIES, SEARCH, PART_KEYS
+        )
+        num_tiles = (tl.max(whole_ends, 0) + tl.max(split_ends, 0) * num_rounds) * KV_HEADS
+
     step = tl.program_id(0)
     while step < num_tiles:
         taken = tl.atomic_add(tiles_taken, 1, sem="relaxed")
@@ -141,66 +214,110 @@ def _attn_prefill_kernel(
             tl.store(tiles_taken, 0)
         next_step = tl.num_programs(0) + taken
 
-        # Map: request r owns the tile numbers from query_starts[r] // TILE_QUERIES + r on, which is never too few.
         kv_head = step % KV_HEADS
-        tile = (num_tiles - 1 - step) // KV_HEADS
-        request = -1
-        for base in range(0, num_requests, SEARCH):
-            index = base + candidates
-            starts = tl.load(query_starts + index, mask=index < num_requests, other=0)
-            request += tl.sum(((starts // TILE_QUERIES + index <= tile) & (index < num_requests)).to(tl.int32))
-        first_token = tl.load(query_starts + request)
-        num_queries = tl.load(query_starts + request + 1) - first_token
-        first_query = (tile - first_token // TILE_QUERIES - request) * TILE_QUERIES
+        if SPLIT:  # Map: laid out again for each, since there are no registers to keep it in
+            whole_ends, split_ends, _ = _lay_out(
+                query_starts, context_lens, num_requests, most_parts, max_split, TILE_QUERIES, SEARCH, PART_KEYS
+            )
+            num_split = tl.maximum(tl.max(split_ends, 0), 1)
+            tile = tl.max(whole_ends, 0) - 1 - step // KV_HEADS
+            is_split = tile < 0
+            part = tl.where(is_split, (-1 - tile) // num_split, 0)
+            tile = tl.where(is_split, (-1 - tile) % num_split, tile)
+            ends = tl.where(is_split, split_ends, whole_ends)
+            request = tl.sum((ends <= tile).to(tl.int32))
+            num_cut = tl.max(tl.where(candidates <= request, split_ends, 0))
+            num_cut -= tl.max(tl.where(candidates < request, split_ends, 0))
+            own_tile = tile - tl.max(tl.where(candidates < request, ends, 0)) + tl.where(is_split, 0, num_cut)
+            first_token = tl.load(query_starts + request)
+            num_queries = tl.load(query_starts + request + 1) - first_token
+            num_parts = tl.minimum((tl.load(context_lens + request) - num_queries) // PART_KEYS, most_parts)
+            num_parts = tl.where(is_split, num_parts, 1)
+            first_query = tl.where(part < num_parts, own_tile * TILE_QUERIES, num_queries)
+        else:  # Map: request r owns the tiles from query_starts[r] // TILE_QUERIES + r on, which is never too few
+            is_split: tl.constexpr = False
+            tile = (num_tiles - 1 - step) // KV_HEADS
+            request = -1
+            for base in range(0, num_requests, SEARCH):
+                index = base + candidates
+                starts = tl.load(query_starts + index, mask=index < num_requests, other=0)
+                request += tl.sum(((starts // TILE_QUERIES + index <= tile) & (index < num_requests)).to(tl.int32))
+            first_token = tl.load(query_starts + request)
+            num_queries = tl.load(query_starts + request + 1) - first_token
+            first_query = (tile - first_token // TILE_QUERIES - request) * TILE_QUERIES
         row = tl.load(rows + request)
         if (row >= 0) & (first_query < num_queries):
             # Load the queries: row i of the tile is query i // G, head i % G of the group.
             context_len = tl.load(context_lens + request)
             cached = context_len - num_queries
-            query = first_query + tile_rows // GROUP
-            is_row = (tile_rows < TILE_QUERIES * GROUP) & (query < num_queries)
-            head = kv_head * GROUP + tile_rows % GROUP
-            offsets = ((first_token + query).to(tl.int64) * HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
-            q = tl.load(q_ptr + offsets, mask=is_row[:, None], other=0.0)  # [M, D]
             last_query = tl.minimum(first_query + TILE_QUERIES, num_queries) - 1
-            q_positions = cached + tl.minimum(query, last_query)
+            is_row = tile_rows < (last_query + 1 - first_query) * GROUP
+            q_positions = cached + tl.minimum(first_query + tile_rows // GROUP, last_query)
+            first_head = (first_token + first_query).to(tl.int64) * HEADS + kv_head * GROUP
+            offsets = (tile_rows + tile_rows // GROUP * (HEADS - GROUP))[:, None] * HEAD_DIM + dims[None, :]
+            q = tl.load(q_ptr + first_head * HEAD_DIM + offsets, mask=is_row[:, None], other=0.0)  # [M, D]
 
-            # Compute: scores of block 0; the blocks that every row sees whole; the blocks on the diagonal.
+            # Compute: scores of the first block; the blocks that every row sees whole; the blocks on the diagonal.
             table = block_table + row.to(tl.int64) * max_blocks
             num_full = (cached + first_query + 1) // BLOCK
-            num_seen = (cached + last_query) // BLOCK + 1
+            end = (cached + last_query) // BLOCK + 1
+            first = 0
+            if SPLIT:
+                first = _cut(end, part, num_parts)
+                end = _cut(end, part + 1, num_parts)
+                num_full = tl.minimum(num_full, end)
             acc = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
             row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
             row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-            k = load_tile(k_cache, tl.load(table), kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
-            scores = tl.where(slots[None, :] <= q_positions[:, None], tl.dot(q, k.T), -float("inf"))  # [M, BLOCK]
+            k = load_tile(k_cache, tl.load(table + first), kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
+            is_seen = first * BLOCK + slots[None, :] <= q_positions[:, None]
+            scores = tl.where(is_seen, tl.dot(q, k.T), -float("inf"))  # [M, BLOCK]
             p, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, qk_scale)
             p, rescale, row_max, row_sum, acc = _attend_blocks(
-                1, num_full, p, rescale, row_max, row_sum, acc, q, k_cache, v_cache, table, kv_head, q_positions,
-                qk_scale, KV_HEADS, HEAD_DIM, BLOCK, BULK, False,
+                first + 1, num_full, p, rescale, row_max, row_sum, acc, q, k_cache, v_cache, table, kv_head,
+                q_positions, qk_scale, KV_HEADS, HEAD_DIM, BLOCK, BULK, False,
             )  # fmt: skip
             p, rescale, row_max, row_sum, acc = _attend_blocks(
-                tl.maximum(num_full, 1), num_seen, p, rescale, row_max, row_sum, acc, q, k_cache, v_cache, table,
+                tl.maximum(num_full, first + 1), end, p, rescale, row_max, row_sum, acc, q, k_cache, v_cache, table,
                 kv_head, q_positions, qk_scale, KV_HEADS, HEAD_DIM, BLOCK, BULK, True,
             )  # fmt: skip
             # The last block's slots past the context were never written: whatever lies there must not meet p = 0.
-            last_block = tl.load(table + num_seen - 1)
+            last_block = tl.load(table + end - 1)
             v = load_tile(v_cache, last_block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
-            v = tl.where(((num_seen - 1) * BLOCK + slots)[:, None] < context_len, v, 0.0)
+            v = tl.where(((end - 1) * BLOCK + slots)[:, None] < context_len, v, 0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
 
-            # Store.
-            result = acc / row_sum[:, None]
-            tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
+            # Store: the result; or a part of it, and who brings the last part merges all.
+            if is_split:
+                slot = (tile * KV_HEADS + kv_head) * most_parts
+                part_rows = (slot + part) * BLOCK_M + tile_rows
+                tl.store(partial_o + part_rows[:, None] * HEAD_DIM + dims[None, :], acc)
+                tl.store(partial_m + part_rows, row_max)
+                tl.store(partial_l + part_rows, row_sum)
+                tl.debug_barrier()  # every thread's part before this program's arrival
+                if tl.atomic_add(arrivals + slot, 1.0, sem="acq_rel") == num_parts - 1:
+                    result = _merge(slot, num_parts, partial_o, partial_m, partial_l, BLOCK_M, HEAD_DIM)
+                    tl.store(out_ptr + first_head * HEAD_DIM + offsets, result, mask=is_row[:, None])
+                    tl.store(arrivals + slot, 0.0)  # ready for the next launch
+            else:
+                tl.store(out_ptr + first_head * HEAD_DIM + offsets, acc / row_sum[:, None], mask=is_row[:, None])
         step = next_step
 
 
 # --- wrapper ---
 
 
+def prefill_scratch_shape(head_dim):
+    """Shape of the fp32 scratch for parts of tiles, whatever the launch: 48.75 MiB at D = 128.
+
+    Allocate it with torch.zeros, once per lane: two launches that may run at the same time must not share it.
+    """
+    return (MAX_PARTS * (BLOCK_M * (head_dim + 2) + 1),)
+
+
 def attn_prefill(
     q, k_cache, v_cache, block_table, rows, query_starts, context_lens,
-    *, max_query_len, scale, out=None, counter=None, num_sms,
+    *, max_query_len, scale, out=None, counter=None, scratch=None, num_sms,
 ):  # fmt: skip
     """Causal attention of each request's new tokens over its cached prefix and themselves.
 
@@ -208,9 +325,11 @@ def attn_prefill(
     (cumulative, query_starts[R] <= T) and context_lens [R] (cached plus new tokens) int32. Query j of request r stands
     at position context_lens[r] - num_queries[r] + j. Where rows[r] is -1 nothing is written. Writes and returns out
     [T, H, D]. counter: one int32, 0, which every launch leaves at 0 again; launches that may run at the same time must
-    not share it; allocated and cleared here when None. The launch depends on shapes and num_sms only, so it can be
-    captured in a CUDA graph; max_query_len, an upper bound of the query counts, is there for callers that share one
-    signature: tiles are counted from T and R.
+    not share it; allocated and cleared here when None. scratch: see `prefill_scratch_shape`; each launch leaves it
+    ready for the next. When None no tile is cut, and a row's bits depend on its own query and keys alone; otherwise
+    also on how the prompt is chunked and on what else is in the launch, but not on num_sms. The launch depends on
+    shapes and num_sms only, so it can be captured in a CUDA graph; max_query_len, an upper bound of the query counts,
+    is there for callers that share one signature: tiles are counted from T and R.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -225,18 +344,25 @@ def attn_prefill(
         return out
     bulk = has_bulk_copies()
     if bulk:
-        block_m, num_stages = 64, 2
+        block_m, num_stages = BLOCK_M, 2
         box = [BLOCK_SIZE, head_dim]
         k_cache, v_cache = (TensorDescriptor.from_tensor(x.view(-1, head_dim), box) for x in (k_cache, v_cache))
     else:  # no bulk copies before Hopper, and fewer registers to spare beside mma.sync operands
-        block_m, num_stages = 32, 3
+        block_m, num_stages = BLOCK_M // 2, 3
     num_tiles = (num_tokens // (block_m // group) + num_requests) * num_kv_heads
     if counter is None:
         counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    _attn_prefill_kernel[(min(num_sms * PROGRAMS_PER_SM, num_tiles),)](
-        q, k_cache, v_cache, block_table, rows, query_starts, context_lens, out, counter,
-        num_requests, num_tiles, block_table.stride(0), scale * LOG2_E,
-        HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK=BLOCK_SIZE,
-        BLOCK_M=block_m, SEARCH=256, BULK=bulk, num_warps=4, num_stages=num_stages,
+    is_split = scratch is not None and num_tiles <= MAX_TILES and num_requests <= MAX_REQUESTS
+    parts, most_parts = (None,) * 4, 1
+    if is_split:
+        parts = scratch.split([MAX_PARTS * size for size in (BLOCK_M * head_dim, BLOCK_M, BLOCK_M, 1)])
+        most_parts = min(max(MAX_PARTS // num_tiles, FEWEST_PARTS), MOST_PARTS)
+    _attn_prefill_kernel[(min(num_sms * PROGRAMS_PER_SM, num_tiles * most_parts),)](
+        q, k_cache, v_cache, block_table, rows, query_starts, context_lens, out, counter, *parts,
+        num_requests, num_tiles, block_table.stride(0), most_parts, MAX_PARTS // (most_parts * num_kv_heads),
+        scale * LOG2_E,
+        HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK=BLOCK_SIZE, BLOCK_M=block_m,
+        SEARCH=MAX_REQUESTS if is_split else 256, BULK=bulk, SPLIT=is_split, PART_KEYS=PART_BLOCKS * BLOCK_SIZE,
+        num_warps=4, num_stages=num_stages,
     )  # fmt: skip
     return out

@@ -81,8 +81,9 @@ class Model:
             },
             # tiles that prefill attention has handed out: one for prompts, one for decoding rows, at the same time
             **{f"counter {kind}": 1 for kind in range(2)},
+            "parts": ops.prefill_scratch_elements(c.head_dim),  # only prompts have any
         }
-        kinds = {"partials": torch.float32, "decode": torch.float32, "counter": torch.int32}
+        kinds = {"partials": torch.float32, "decode": torch.float32, "parts": torch.float32, "counter": torch.int32}
         dtypes = {name: kinds.get(name.split()[0], self.dtype) for name in num_elements}
         scratch = Scratch(num_elements, dtypes, self.device)
         scratch.buffers["one_each"] = torch.arange(max_tokens + 1, dtype=torch.int32, device=self.device)

@@ -33,7 +33,7 @@ class Scratch:
     """One lane's working memory: named flat buffers, each as large as its largest use. Dead at layer boundaries."""
 
     def __init__(self, num_elements: dict[str, int], dtypes: dict[str, torch.dtype], device: torch.device):
-        self.buffers = {  # zeros, since decode attention counts arrivals in its buffer and leaves them at zero
+        self.buffers = {  # zeros, since attention counts arrivals in its buffers and leaves them at zero
             name: torch.zeros(count, dtype=dtypes[name], device=device) for name, count in num_elements.items()
         }
 
@@ -134,6 +134,7 @@ def attn_prefill(q, k_cache, v_cache, block_table, rows, query_starts, context_l
     options = {"max_query_len": max_query_len, "scale": scale, "out": out}
     if lane.runs_triton(q) and lane.scratch:
         options["counter"] = lane.scratch.buffers[f"counter {int(max_query_len == 1)}"]
+        options["scratch"] = None if lane.deterministic else lane.scratch.buffers["parts"]
     return _run(
         lane, prefill_attention.attn_prefill, prefill_attention.attn_prefill_reference,
         q, k_cache, v_cache, block_table, rows, query_starts, context_lens, **options,
@@ -189,6 +190,11 @@ def _skinny_partials(x, w, bias, lane):
     splits = num_splits(num_tokens, width, x.shape[1], lane.num_sms)
     out = lane.take("partials", (splits, num_tokens, width), x, torch.float32)  # [S, T, N]
     return skinny_gemms.gemm_skinny(x, w, bias=bias, out=out, num_sms=lane.num_sms, num_splits=splits)
+
+
+def prefill_scratch_elements(head_dim: int) -> int:
+    """fp32 numbers that ``attn_prefill`` needs for contexts that it cuts in parts."""
+    return math.prod(prefill_attention.prefill_scratch_shape(head_dim))
 
 
 def decode_scratch_elements(num_heads: int, num_kv_heads: int, head_dim: int, num_sms: int) -> int:
