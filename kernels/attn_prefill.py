@@ -14,19 +14,19 @@ the longest of a request first; two small programs on an SM hide each other's wa
 Few tiles, each over a long context, would fill a last round of programs in part: 256 tiles take as long on 232 programs
 as on 128. So, given scratch, a launch of at most MAX_TILES tiles cuts those of requests with 3 * PART_BLOCKS cached
 blocks or more along the keys, as many tiles as MAX_PARTS allows: from 3 parts on, one for each PART_BLOCKS, at most
-FEWEST_PARTS where tiles are many and MOST_PARTS where they are few. The k-th part from the end ends at
-1 - (k / n) ** 2 of the tile's blocks: 7, 5, 3 and 1 sixteenths for four. First all tiles left whole are drawn, then the
+FEWEST_PARTS where tiles are many and MOST_PARTS where they are few. The k-th part from the end begins at
+1 - (k / n) ** 2 of the tile's blocks: four are 7, 5, 3 and 1 sixteenths. First all tiles left whole are drawn, then the
 first parts of all others, then their second parts; what comes last is small, so programs end together. A part leaves
-its sums (o, m, l) in scratch, written once and read once, 33 KiB at D = 128 (a tenth of a percent of what 32k keys read
-in four parts); the program that brings a tile's last part adds them up in the order of the keys. Which tiles are cut,
+its sums (o, m, l) in scratch, 32.5 KiB at D = 128, written once and read once: 1.6% of what a tile of four parts over
+32k keys reads. The program that brings a tile's last part adds them up in the order of the keys. Which tiles are cut,
 and where, follows from lengths and sizes alone, found on the device: num_sms changes no bit.
 
 Each step multiplies the previous block's probabilities with V while it computes the softmax of its own scores: the
 product needs no result of this step, so the tensor cores work through the exponentials.
 
-In a tile left whole a row's result depends on its own query and its request's keys alone: blocks that only other rows of the tile need
-multiply its sum by one and add zero. So without scratch the bits are the same for any chunking, batch and SM count, and
-a decode step run through here gives the bits that prefill would give.
+In a tile left whole a row's result depends on its own query and its request's keys alone: blocks that only other rows
+of the tile need multiply its sum by one and add zero. So without scratch the bits are the same for any chunking, batch
+and SM count, and a decode step run through here gives the bits that prefill would give.
 
 The file refuses to know where the blocks came from and who else reads them. Tests: tests/test_kernels_attention.py.
 """
@@ -199,9 +199,7 @@ def _attn_prefill_kernel(
     slots = tl.arange(0, BLOCK)
     candidates = tl.arange(0, SEARCH)
 
-    if (
-        SPLIT
-    ):  # tiles left whole have the first numbers; then come the first parts of all others, their second parts, ...
+    if SPLIT:  # steps: tiles left whole, then the first parts of all others, then their second parts, ...
         whole_ends, split_ends, num_rounds = _lay_out(
             query_starts, context_lens, num_requests, most_parts, max_split, TILE_QUERIES, SEARCH, PART_KEYS
         )

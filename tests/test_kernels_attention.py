@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanodrift import ops
 from nanodrift.kernels import attn_decode as decode
 from nanodrift.kernels import attn_prefill as prefill
 
@@ -165,6 +166,134 @@ def test_prefill_counter_serves_launch_after_launch(num_sms):
         assert counter.item() == 0
 
 
+# --- prefill kernel: tiles cut along the keys ---
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """The rule of the kernel, for contexts that an interpreter can walk through: three parts from 1,152 keys on."""
+    for name, value in {"PART_BLOCKS": 6, "FEWEST_PARTS": 3, "MOST_PARTS": 3}.items():
+        monkeypatch.setattr(prefill, name, value)
+
+
+class Parts:
+    """What a launch leaves behind in its scratch."""
+
+    def __init__(self, head_dim):
+        self.scratch = torch.zeros(prefill.prefill_scratch_shape(head_dim))
+        self.counter = torch.zeros(1, dtype=torch.int32)
+        self.memory = {"scratch": self.scratch, "counter": self.counter}
+        self.arrivals = self.scratch[-prefill.MAX_PARTS :]
+
+    def num_written(self):
+        """Parts written since the last call. Each has a sum of exponentials in its first row."""
+        sums = self.scratch[-prefill.MAX_PARTS * (prefill.BLOCK_M + 1) : -prefill.MAX_PARTS]
+        block_m = prefill.BLOCK_M if prefill.has_bulk_copies() else prefill.BLOCK_M // 2
+        count = int((sums[: len(sums) // block_m * block_m].view(-1, block_m)[:, 0] > 0).sum())
+        self.scratch[: -prefill.MAX_PARTS] = 0
+        return count
+
+    def is_ready(self):
+        return not self.counter.any() and not self.arrivals.any()
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", SHAPES)
+def test_prefill_in_parts_matches_reference(small_parts, num_heads, num_kv_heads, head_dim):
+    """Two long contexts that end inside blocks, among a short one, an empty one and padding."""
+    torch.manual_seed(num_heads)
+    queries, cached = [10, 5, 0, 17, 3], [1152, 90, 1200, 1251, 1300]
+    args, options = prefill_case(queries, cached, num_heads, num_kv_heads, head_dim, torch.float32)
+    args[4][4] = -1
+    expected, parts = prefill.attn_prefill_reference(*args, **options), Parts(head_dim)
+    tiles = [-(-n // (prefill.BLOCK_M // (num_heads // num_kv_heads))) * num_kv_heads for n in queries]
+    results = []
+    for num_sms in (3, 200) if head_dim == 64 else (3,):  # the wide ones are slow to interpret
+        out = torch.full_like(args[0], 777.0)
+        results.append(prefill.attn_prefill(*args, **options, **parts.memory, out=out, num_sms=num_sms))
+        assert parts.is_ready()
+        assert parts.num_written() == 3 * (tiles[0] + tiles[3])
+        assert (out[32:] == 777.0).all()
+        assert relative(out[:32], expected[:32]) < 2e-6
+    assert torch.equal(results[0], results[-1])
+
+
+def test_prefill_in_three_and_four_parts_in_half_precision(small_parts, monkeypatch):
+    monkeypatch.setattr(prefill, "PART_BLOCKS", 8)
+    monkeypatch.setattr(prefill, "MOST_PARTS", 4)
+    torch.manual_seed(0)
+    args, options = prefill_case([5, 9], [2047, 2048], 7, 1, 128, torch.float16)
+    parts = Parts(128)
+    result = prefill.attn_prefill(*args, **options, **parts.memory, num_sms=2)
+    assert relative(result, prefill.attn_prefill_reference(*args, **options)) < TOLERANCE[torch.float16]
+    assert parts.num_written() == 3 + 4 and parts.is_ready()
+
+
+def test_prefill_parts_survive_large_scores(small_parts):
+    """One part's maximum is far above the others': their weights vanish and nothing overflows."""
+    torch.manual_seed(0)
+    args, options = prefill_case([10], [1300], 4, 1, 64, torch.float32)
+    args[0].mul_(100.0)
+    result = prefill.attn_prefill(*args, **options, **Parts(64).memory, num_sms=2)
+    assert relative(result, prefill.attn_prefill_reference(*args, **options)) < 1e-4
+
+
+@pytest.mark.parametrize("max_parts, num_cut", [(5, 0), (6, 1), (17, 2), (1536, 3)])
+def test_prefill_cuts_no_more_tiles_than_scratch_holds(small_parts, monkeypatch, max_parts, num_cut):
+    """Three tiles of two requests and two KV heads; with room for few parts the last tiles stay whole."""
+    monkeypatch.setattr(prefill, "MAX_PARTS", max_parts)
+    torch.manual_seed(0)
+    args, options = prefill_case([3, 15], [1250, 1200], 16, 2, 64, torch.float32)
+    expected, parts = prefill.attn_prefill_reference(*args, **options), Parts(64)
+    results = [prefill.attn_prefill(*args, **options, **parts.memory, num_sms=n) for n in (1, 5)]
+    assert parts.is_ready()
+    assert parts.num_written() == 3 * 2 * num_cut <= max_parts
+    assert torch.equal(*results)
+    assert relative(results[0], expected) < 2e-6
+
+
+@pytest.mark.parametrize("why", ["short", "many tiles", "many requests"])
+def test_prefill_leaves_whole_what_need_not_be_cut(small_parts, monkeypatch, why):
+    """Then memory for parts changes no bit and is not written."""
+    torch.manual_seed(0)
+    args, options = prefill_case([20, 9], [1151 if why == "short" else 1152, 40], 2, 1, 64, torch.float32)
+    if why == "many tiles":
+        monkeypatch.setattr(prefill, "MAX_TILES", 1)
+    if why == "many requests":
+        monkeypatch.setattr(prefill, "MAX_REQUESTS", 1)
+    parts = Parts(64)
+    result = prefill.attn_prefill(*args, **options, **parts.memory, num_sms=3)
+    assert torch.equal(result, prefill.attn_prefill(*args, **options, num_sms=2))
+    assert parts.is_ready() and parts.num_written() == 0
+
+
+def test_prefill_parts_shrink_and_leave_every_row_a_key():
+    """As shipped: from 3 parts on, each for PART_BLOCKS cached blocks; a tile's rows lie in its last two blocks."""
+    assert prefill.PART_BLOCKS >= 2 * prefill.MOST_PARTS and prefill.FEWEST_PARTS >= 3
+    for num_parts in range(3, prefill.MOST_PARTS + 1):
+        for num_blocks in range(num_parts * prefill.PART_BLOCKS, num_parts * prefill.PART_BLOCKS + 300):
+            edges = [prefill._cut.fn(num_blocks, part, num_parts) for part in range(num_parts + 1)]
+            sizes = [end - first for first, end in itertools.pairwise(edges)]
+            assert edges[0] == 0 and edges[-1] == num_blocks and sizes[-1] >= 2
+            assert all(after <= before + 1 for before, after in itertools.pairwise(sizes))
+    assert prefill._cut.fn(1 << 16, prefill.MOST_PARTS, prefill.MOST_PARTS) == 1 << 16  # 4M tokens, in 32 bits
+    assert (1 << 16) * prefill.MOST_PARTS**2 < 1 << 31
+    assert prefill.prefill_scratch_shape(128)[0] * 4 <= 64 << 20
+
+
+def test_prefill_in_parts_only_where_a_lane_is_not_deterministic(small_parts):
+    torch.manual_seed(0)
+    args, options = prefill_case([20], [1200], 2, 1, 64, torch.float32)
+    whole = prefill.attn_prefill(*args, **options, num_sms=2)
+    for deterministic in (True, False):
+        counts = {"counter 0": 1, "counter 1": 1, "parts": ops.prefill_scratch_elements(64)}
+        kinds = dict.fromkeys(("counter 0", "counter 1"), torch.int32) | {"parts": torch.float32}
+        scratch = ops.Scratch(counts, kinds, torch.device("cpu"))
+        lane = ops.LaneResources(2, deterministic, scratch, use_triton=True)
+        result = ops.attn_prefill(*args, 20, options["scale"], None, lane)
+        assert torch.equal(result, whole) == deterministic
+        assert scratch.buffers["parts"].any() != deterministic
+
+
 # --- decode kernel ---
 
 
@@ -232,13 +361,20 @@ def gathered(cache, table, row, context, group):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("queries, cached", [([2048], [0]), ([1000, 513, 1], [0, 777, 4095]), ([512], [7680])])
+@pytest.mark.parametrize(
+    "queries, cached",
+    [([2048], [0]), ([1000, 513, 1], [0, 777, 4095]), ([512], [7680]), ([300, 100, 16], [9000, 100, 20000])],
+)
 def test_prefill_error_is_that_of_torch_bf16(queries, cached):
     torch.manual_seed(0)
     args, options = prefill_case(queries, cached, 32, 8, 128, torch.bfloat16, "cuda")
     q, k_cache, v_cache, table, rows, starts, lens = args
     sms = torch.cuda.get_device_properties(0).multi_processor_count
+    options["scratch"] = torch.zeros(prefill.prefill_scratch_shape(128), device="cuda")
     result = prefill.attn_prefill(*args, **options, num_sms=sms)
+    for num_sms in (sms // 3, sms, 1 + sms // 2):
+        assert torch.equal(prefill.attn_prefill(*args, **options, num_sms=num_sms), result)
+    assert not options["scratch"][-prefill.MAX_PARTS :].any()
     for r, (n, context) in enumerate(zip(queries, lens.tolist(), strict=True)):
         first = int(starts[r])
         k, v = (gathered(c, table, int(rows[r]), context, 4) for c in (k_cache, v_cache))

@@ -85,9 +85,10 @@ def launches(num_sms: int, every: bool):
             return lambda: attn_decode.attn_decode(
                 half(4, heads, head_dim), cache, cache, ints(4, 32), ints(4), ints(4), scale=scale, num_sms=num_sms
             )
+        scratch = wide(*attn_prefill.prefill_scratch_shape(head_dim)) if which == "prefill in parts" else None
         return lambda: attn_prefill.attn_prefill(
             half(512, heads, head_dim), cache, cache, ints(4, 32), ints(1), ints(2), ints(1),
-            max_query_len=512, scale=scale, num_sms=num_sms,
+            max_query_len=512, scale=scale, scratch=scratch, num_sms=num_sms,
         )  # fmt: skip
 
     rows, table = ints(4), wide(4)
@@ -114,6 +115,7 @@ def launches(num_sms: int, every: bool):
         ("gemm_swiglu M=2048", lambda: swiglu.gemm_swiglu(half(2048, 4096), half(28672, 4096), num_sms=num_sms)),
         ("gemm_swiglu M=16", lambda: swiglu.gemm_swiglu(half(16, 4096), half(28672, 4096), num_sms=num_sms)),
         ("attn_prefill H=32 K=8", attention_case("prefill", 32, 8, 128)),
+        ("attn_prefill in parts H=32 K=8", attention_case("prefill in parts", 32, 8, 128)),
         ("attn_decode H=32 K=8", attention_case("decode", 32, 8, 128)),
         ("sample V=128256", sample_case),
         ("filter_logits V=128256", filter_case),
@@ -133,6 +135,7 @@ def launches(num_sms: int, every: bool):
             (f"rope S=8 norm {shape}", rope_case(lambda width: wide(8, 4, width), heads, kv_heads, head_dim, True))
         )
         cases.append((f"attn_prefill {shape}", attention_case("prefill", heads, kv_heads, head_dim)))
+        cases.append((f"attn_prefill in parts {shape}", attention_case("prefill in parts", heads, kv_heads, head_dim)))
         cases.append((f"attn_decode {shape}", attention_case("decode", heads, kv_heads, head_dim)))
 
     def gemm_case(tile, residual=False, bias=False, out_dtype=bf16):
