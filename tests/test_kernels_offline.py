@@ -16,6 +16,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,9 @@ SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes on
 NUM_SMS = {80: 108, 89: 58, 90: 132, 100: 148}
 
 TUNED_FOR = 90  # tiles are chosen for this one: no spills there. Elsewhere kernels must compile and fit.
+
+# Bytes of stack for values written at the start and read between loops, never within one. None with Triton 3.6.
+COLD_STACK = {"attn_prefill in parts": 128}
 
 # What a kernel's sm_90 PTX must contain: the tensor cores' warpgroup instruction, the bulk tensor copy.
 WGMMA, TMA = "wgmma.mma_async", "cp.async.bulk.tensor"
@@ -190,9 +194,27 @@ def resources(cubin: bytes, tools: Path) -> dict:
         file.flush()
         command = [tools / "cuobjdump", "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [tools / "cuobjdump", "--dump-sass", file.name]
+        machine_code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = next(line for line in text.splitlines() if "REG:" in line)
     fields = dict(field.split(":", 1) for field in usage.split())
-    return {"registers": int(fields["REG"]), "stack_bytes": int(fields["STACK"]), "local_bytes": int(fields["LOCAL"])}
+    figures = {
+        "registers": int(fields["REG"]),
+        "stack_bytes": int(fields["STACK"]),
+        "local_bytes": int(fields["LOCAL"]),
+    }
+    return figures | {"hot_spills": hot_spills(machine_code) if figures["stack_bytes"] else 0}
+
+
+def hot_spills(machine_code: str) -> int:
+    """Loads and stores of spilled registers within innermost loops."""
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", machine_code)
+    code = [(int(address, 16), text) for address, text in found]
+    targets = ((address, re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)) for address, text in code)
+    loops = [(int(target[1], 16), address) for address, target in targets if target and int(target[1], 16) < address]
+    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    spills = [address for address, text in code if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(first <= address <= last for address in spills for first, last in innermost)
 
 
 def compile_all(arch: int, every: bool) -> dict:
@@ -268,7 +290,9 @@ def complaints(result: dict, arch: int) -> list[str]:
         if "error" in record:
             wrong.append(f"{name}: {record['error']}")
             continue
-        if arch == TUNED_FOR and (record["stack_bytes"] or record["local_bytes"]):
+        allowed = max((size for case, size in COLD_STACK.items() if record["case"].startswith(case)), default=0)
+        is_spilling = record["stack_bytes"] > allowed or record["local_bytes"] or record.get("hot_spills")
+        if arch == TUNED_FOR and is_spilling:
             wrong.append(f"{name}: spills, {record['stack_bytes']} bytes of stack, {record['local_bytes']} local")
         if record["shared_bytes"] > SHARED_LIMIT[arch]:
             wrong.append(f"{name}: {record['shared_bytes']} bytes of shared memory, limit {SHARED_LIMIT[arch]}")
@@ -292,8 +316,17 @@ def test_the_reader_of_binaries_sees_spills_and_missing_instructions():
     result = {"triton": "0", "kernels": ["_gemm_kernel", "_new_kernel"], "compiled": [good]}
     assert complaints(result, 90) == ["_new_kernel: not in launches()"]
     bad = [good | {"stack_bytes": 8}, good | {"shared_bytes": 232_449}, good | {"found": [TMA]}]
-    result = {"triton": "0", "kernels": ["_gemm_kernel"], "compiled": bad}
-    assert len(complaints(result, 90)) == 3
+    cold = good | {"case": "attn_prefill in parts", "stack_bytes": 48}
+    bad += [cold | {"hot_spills": 1}, cold | {"stack_bytes": 200}]
+    result = {"triton": "0", "kernels": ["_gemm_kernel"], "compiled": [*bad, cold]}
+    assert len(complaints(result, 90)) == 5
+
+
+def test_the_reader_of_machine_code_tells_inner_loops_from_the_rest():
+    lines = ["STL [R1], R2", "LDL R2, [R1]", "HGMMA R4", "LDL R3, [R1]", "@P0 BRA 0x20", "LDL R2, [R1]", "BRA 0x10"]
+    code = "\n".join(f"        /*{16 * i:04x}*/    {line} ;   /* 0x00000008ff007387 */" for i, line in enumerate(lines))
+    assert hot_spills(code) == 1
+    assert hot_spills(code.replace("@P0 BRA 0x20", "@P0 BRA 0x60")) == 3  # now the outer loop is the innermost
 
 
 @pytest.mark.slow
