@@ -189,8 +189,7 @@ def _attn_prefill_kernel(
     partial_o, partial_m, partial_l, arrivals,
     num_requests, num_tiles, max_blocks, most_parts, max_split, qk_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, SEARCH: tl.constexpr, BULK: tl.constexpr,
-    SPLIT: tl.constexpr, PART_KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr, SEARCH: tl.constexpr, BULK: tl.constexpr, SPLIT: tl.constexpr, PART_KEYS: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TILE_QUERIES: tl.constexpr = BLOCK_M // GROUP
@@ -268,8 +267,7 @@ def _attn_prefill_kernel(
             row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
             row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
             k = load_tile(k_cache, tl.load(table + first), kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
-            is_seen = first * BLOCK + slots[None, :] <= q_positions[:, None]
-            scores = tl.where(is_seen, tl.dot(q, k.T), -float("inf"))  # [M, BLOCK]
+            scores = tl.where(first * BLOCK + slots[None, :] <= q_positions[:, None], tl.dot(q, k.T), -float("inf"))
             p, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, qk_scale)
             p, rescale, row_max, row_sum, acc = _attend_blocks(
                 first + 1, num_full, p, rescale, row_max, row_sum, acc, q, k_cache, v_cache, table, kv_head,

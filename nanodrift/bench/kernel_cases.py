@@ -221,6 +221,7 @@ class Maker:
         rows = self.ints(range(num_requests))
         starts = self.ints([new * r for r in range(num_requests + 1)])
         lens, counter = self.ints([context] * num_requests), self.ints([0])
+        scratch = torch.zeros(attn_prefill.prefill_scratch_shape(d.head_dim), device=self.device)
         dense_k, dense_v = (self.gathered(x, table, context) for x in (k, v))
         dense_q = q.view(num_requests, new, d.heads, d.head_dim).transpose(1, 2).contiguous()
         options = {"scale": scale, "enable_gqa": True}
@@ -256,7 +257,7 @@ class Maker:
             4 * d.heads * d.head_dim * pairs, 1,
             lambda i, sms: attn_prefill.attn_prefill(
                 q, k, v, table, rows, starts, lens, max_query_len=new, scale=scale, out=out, counter=counter,
-                num_sms=sms,
+                scratch=scratch, num_sms=sms,
             ),
             libraries, exact, is_headline,
         )  # fmt: skip
