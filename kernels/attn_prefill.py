@@ -47,7 +47,7 @@ BLOCK_M = 64  # rows of a tile; half of it without bulk copies
 PART_BLOCKS = 40  # cached for each part, on average; with fewer than three parts a tile is left whole
 FEWEST_PARTS, MOST_PARTS = 4, 12  # of a tile, where there are keys enough
 MAX_PARTS = 1536  # of all tiles of a launch: what scratch holds
-MAX_TILES = 2560  # of a launch that cuts any; with more, the round that is filled in part costs little
+MAX_TILES = 1280  # of a launch that cuts any, 2,048 tokens of most models; with more, one round lost is little
 MAX_REQUESTS = 64  # of a launch that cuts any
 
 
