@@ -22,6 +22,7 @@ Pure arithmetic: imports no torch and reads no clock. The dispatcher chooses by 
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable
@@ -41,6 +42,8 @@ SHAPE = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_
 ANY_SMS = 0  # as an SM count: learned from all of them, for one where nothing ran yet
 ALONE_SHARE, BESIDE_SHARE = 0.1, 0.75  # of a step's time beside the other lane: at most, at least
 ATTENTION_ROWS_PER_SM = 96  # query rows, all heads counted, that keep an SM busy in prefill attention
+CUT_TOKENS, CUT_SHARE = 7680, 0.37  # over longer contexts attention cuts its tiles: this share of the rows will do
+RECOVERY_S = 0.03  # until the clock is back up after a split
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,8 @@ class CostModel:
     def _prefill_attention_s(self, load: PrefillLoad, num_sms: int) -> float:
         site = self._at(num_sms)
         full_s = (load.num_pairs - load.num_prefix_pairs) * site.causal_s + load.num_prefix_pairs * site.prefix_s
-        return max(full_s, site.full_tokens * load.longest * site.prefix_s)  # few tokens leave SMs idle
+        share = CUT_SHARE if load.longest > CUT_TOKENS else 1.0
+        return max(full_s, share * site.full_tokens * load.longest * site.prefix_s)  # few tokens leave SMs idle
 
     def _decode_attention_s(self, load: DecodeLoad, num_sms: int) -> float:
         return (load.context_tokens + self.profile.kv_start_tokens * load.batch) * self._at(num_sms).kv_s
@@ -317,11 +321,13 @@ class Cell(NamedTuple):
     log_context: int  # powers of four, of the batch's context in tokens
     log_prefill: int  # powers of four, of the chunk's tokens
     is_fused: bool = False
+    is_behind_split: bool = False  # a fused step, while the clock recovers from what lanes beside each other draw
 
     @classmethod
-    def of(cls, prefill: PrefillLoad, decode: DecodeLoad, decode_sms: int, is_fused: bool = False) -> Cell:
+    def of(cls, prefill: PrefillLoad, decode: DecodeLoad, decode_sms: int, *flags: bool) -> Cell:
+        """``flags``: is_fused, is_behind_split."""
         logs = decode.batch.bit_length(), (decode.context_tokens.bit_length() + 1) // 2
-        return cls(decode_sms, *logs, (prefill.num_tokens.bit_length() + 1) // 2, is_fused)
+        return cls(decode_sms, *logs, (prefill.num_tokens.bit_length() + 1) // 2, *flags)
 
     @property
     def is_beside(self) -> bool:
@@ -329,7 +335,7 @@ class Cell(NamedTuple):
         return not self.is_fused and self.log_batch > 0 and self.log_prefill > 0
 
     def is_like(self, other: Cell) -> bool:
-        return (self.is_fused, self.is_beside) == (other.is_fused, other.is_beside)
+        return (self.is_beside, *self[-2:]) == (other.is_beside, *other[-2:])
 
     def is_near(self, other: Cell) -> bool:
         steps = abs(self.decode_sms - other.decode_sms) / 16, self.log_batch - other.log_batch
@@ -358,6 +364,7 @@ class Guard:
     prior_mean: float = 1.12  # beside the other lane
     prior_worst: float = 1.25
     alone_worst: float = 1.06  # alone or fused: what solo predictions miss by
+    behind_split: float = 1.08  # fused soon after a split, over fused
     decay: float = 0.02
     forgiveness: float = 0.001  # a step: half of an excess is forgotten after some 700, in a new cell after 100
     floor: float = 1.08
@@ -384,6 +391,9 @@ class Guard:
         near, far = ([f for other, f in of if cell.is_near(other)] for of in (same, like))
         if near := near or [f for _, f in same] or far:
             return Factor(fmean(f.mean for f in near), max(f.worst for f in near))
+        if cell.is_behind_split:
+            settled = self.factor(lane, cell._replace(is_behind_split=False))
+            return Factor(settled.mean, settled.worst * self.behind_split)
         return Factor(self.prior_mean, self.prior_worst) if cell.is_beside else Factor(1.0, self.alone_worst)
 
     def observe(self, lane: Lane, cell: Cell, solo_s: float, actual_s: float) -> None:
@@ -407,7 +417,8 @@ class Observer:
 
     A step on its half is judged when the other lane has reported past its end: only then is known what ran beside it.
     Fused steps and those on the whole chip are judged at once. Steps that were alone or fused correct the solo times
-    too; those beside the other lane for ALONE_SHARE to BESIDE_SHARE of their time say little and are left out.
+    too, if no split ran just before. Those beside the other lane for ALONE_SHARE to BESIDE_SHARE of their time say
+    little and are left out.
     """
 
     def __init__(self, cost: CostModel, guard: Guard):
@@ -415,6 +426,7 @@ class Observer:
         self.seen: dict[str, deque[tuple[float, float]]] = {}  # (mean, guarded prediction) / actual, by kind of step
         self._recent = {lane: deque(maxlen=256) for lane in Lane}
         self._unjudged: deque[Completion] = deque(maxlen=256)
+        self._split_s = -math.inf  # when the last prefill piece on its half ended
 
     def observe(self, completion: Completion) -> None:
         if completion.busy_s <= 0:
@@ -424,6 +436,8 @@ class Observer:
             self._judge(completion, None)
             return
         self._recent[work.lanes[0]].append(completion)
+        if work.lanes[0] is Lane.PREFILL:
+            self._split_s = completion.finished_s
         self._unjudged.append(completion)
         while self._unjudged:
             step = self._unjudged[0]
@@ -449,14 +463,16 @@ class Observer:
         parts = {part.lanes[0]: part for part in (*work.parts, *(beside.ticket.work.parts if beside else ()))}
         prefill = PrefillLoad.of(parts[Lane.PREFILL].slices) if Lane.PREFILL in parts else PrefillLoad()
         decode = DecodeLoad.of(parts[Lane.DECODE]) if Lane.DECODE in parts else DecodeLoad()
-        cell = Cell.of(prefill, decode, partition.decode_sms, isinstance(work, FusedWork))
+        is_behind_split = step.finished_s - step.busy_s < self._split_s + RECOVERY_S
+        flags = (True, is_behind_split) if isinstance(work, FusedWork) else ()
+        cell = Cell.of(prefill, decode, partition.decode_sms, *flags)
         lane = work.lanes[-1]  # of a fused step: decode
         solo_s = self.cost.work_s(work, partition.prefill_sms, partition.decode_sms)
         factor = self.guard.factor(lane, cell)
         kind = "fused" if cell.is_fused else f"{lane.value} beside" if beside else lane.value
         ratios = solo_s * factor.mean / step.busy_s, solo_s * factor.worst / step.busy_s
         self.seen.setdefault(kind, deque(maxlen=4096)).append(ratios)
-        if beside is None:
+        if beside is None and not cell.is_behind_split:
             self.cost.correct(type(work), partition.sms_of(lane), solo_s, step.busy_s)
         self.guard.observe(lane, cell, solo_s, step.busy_s)
 

@@ -30,6 +30,7 @@ class Load:
     is_chunk_open: bool = False  # a chunk is on its way through the layers, and must go on by layers
     prompts: tuple[tuple[int, int], ...] = ()  # (tokens, start) of each prompt in order, where they are several
     is_merging: bool = False  # a prompt is about to end beside the decode lane
+    is_behind_split: bool = False  # the lanes run beside each other, or did a moment ago
 
     def chunk(self, most_tokens: int, most_slices: int | None = None) -> tuple[PrefillLoad, DecodeLoad]:
         """The next token chunk of at most so many tokens, and the batch once the prompts that end in it have joined."""

@@ -113,7 +113,7 @@ class Dispatcher:
         chunk, _ = load.chunk(min(size - load.decode.batch, self.max_prefill_tokens), MAX_FUSED_SLICES)
         alike, sms = load.like_first(chunk, self.max_prefill_tokens), (partition.prefill_sms, partition.decode_sms)
         solo_s, alike_s = (self.cost.fused_s(one, load.decode, *sms) for one in (chunk, alike))
-        cell = Cell.of(chunk, load.decode, partition.decode_sms, is_fused=True)
+        cell = Cell.of(chunk, load.decode, partition.decode_sms, True, load.is_behind_split)
         step_s = solo_s * self.guard.factor(Lane.DECODE, cell).worst
         rate, layers = chunk.num_tokens / alike_s, self.cost.num_layers
         promise = {"step_s": step_s, "decode_s": step_s, "is_unmeetable": step_s > load.tbt_s}

@@ -38,6 +38,7 @@ class Flight:
         self.planned_s = math.inf  # when a last piece that was told to wait will end
         self._pieces: dict[int, Ticket] = {}  # of prefill, fused steps not counted
         self._prefill_s = 0.0  # when the last prefill ended
+        self._split_s = -math.inf  # when the last prefill piece on its half ended
         self._pace = 0.0, 0.0  # seconds and prompt tokens of late
 
     def launch(self, ticket: Ticket, predicted_s: float) -> None:
@@ -56,6 +57,8 @@ class Flight:
                 ends[number] += late_s
         if self._pieces.pop(ticket.number, None) is None:
             self._step_s = now_s
+        elif not ticket.partition.is_shared:
+            self._split_s = now_s
         if Lane.PREFILL in ticket.work.lanes:
             work = ticket.work.parts[0]
             num_tokens = work.num_tokens * (work.last_layer - work.first_layer) / self.num_layers
@@ -89,6 +92,10 @@ class Flight:
     def is_split(self) -> bool:
         """Prefill runs beside the decode lane."""
         return any(not ticket.partition.is_shared for ticket in self._pieces.values())
+
+    def has_split_since(self, since_s: float) -> bool:
+        """Prefill runs beside the decode lane, or did at that time or later."""
+        return self.is_split or self._split_s > since_s
 
     @property
     def is_turning(self) -> bool:

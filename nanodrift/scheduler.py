@@ -26,7 +26,7 @@ import math
 from collections import deque
 
 from nanodrift.config import BLOCK_SIZE
-from nanodrift.cost import DecodeLoad
+from nanodrift.cost import RECOVERY_S, DecodeLoad
 from nanodrift.decision import Decision, Load, Mode, Policy
 from nanodrift.flight import Chunk, Flight
 from nanodrift.kvcache import BlockPool
@@ -203,7 +203,8 @@ class Scheduler:
         prompts = self._prompts(now_s)
         num_tokens, start = sum(n for n, _ in prompts), prompts[0][1] if prompts else 0
         tbt_s = self._tbt_s - self._waited_s if self._decode.batch else math.inf
-        load = Load(self._decode, tbt_s, num_tokens, start, bool(self._open), prompts, self._flight.is_merging)
+        flags = self._flight.is_merging, self._flight.has_split_since(self._flight.step_end_s - RECOVERY_S)
+        load = Load(self._decode, tbt_s, num_tokens, start, bool(self._open), prompts, *flags)
         self.decision = self.policy.choose(load, self.decision)
         if self.decision.mode is Mode.SPLIT:
             self._split_step_s[self.decision.partition] = self.decision.decode_s

@@ -16,6 +16,9 @@ from nanodrift.bench import map as sharing
 from nanodrift.bench.windows import Driver
 from nanodrift.config import SLO, ConfigError, ModelConfig
 from nanodrift.cost import (
+    CUT_SHARE,
+    CUT_TOKENS,
+    RECOVERY_S,
     Cell,
     CostModel,
     Curve,
@@ -31,6 +34,7 @@ from nanodrift.cost import (
 )
 from nanodrift.dispatch import Dispatcher
 from nanodrift.engine import Engine
+from nanodrift.kernels import attn_prefill
 from nanodrift.plan import Completion, DecodeWork, FusedWork, Lane, Partition, PrefillSlice, PrefillWork, Ticket
 from nanodrift.request import SamplingParams
 from nanodrift.scheduler import Scheduler
@@ -115,9 +119,12 @@ def test_attention_of_prefill_counts_what_came_before_and_idle_sms():
     flops = 4 * 4096 * 32
     assert attention_s(2048, 0) == pytest.approx(2048**2 / 2 * flops / 1e14)
     assert attention_s(2048, 8192) - attention_s(2048, 0) == pytest.approx(2048 * 8192 * flops / 2e14)
-    few_s = 396 * (8192 + 100) * flops / 2e14  # a tile of 100 tokens walks as far as one of many
-    assert attention_s(100, 8192) == pytest.approx(few_s), "396 tokens would keep 132 SMs busy"
-    two = PrefillLoad.of_parts(((100, 8192), (296, 0)))
+    few_s = 396 * (4096 + 100) * flops / 2e14  # a tile of 100 tokens walks as far as one of many
+    assert attention_s(100, 4096) == pytest.approx(few_s), "396 tokens would keep 132 SMs busy"
+    cut_s = CUT_SHARE * 396 * (8192 + 100) * flops / 2e14
+    assert attention_s(100, 8192) == pytest.approx(cut_s), "over long contexts tiles are cut, so fewer tokens will do"
+    assert CUT_TOKENS == 3 * attn_prefill.PART_BLOCKS * attn_prefill.BLOCK_SIZE
+    two = PrefillLoad.of_parts(((100, 4096), (296, 0)))
     assert cost.prefill_s(two, 132) - cost.prefill_s(PrefillLoad(396), 132) == pytest.approx(few_s)
 
 
@@ -263,9 +270,28 @@ def test_fused_steps_have_cells_of_their_own():
     cost, guard = CostModel(LLAMA, h200_prior()), Guard()
     fused = FusedWork(prefill(256), decode())
     Observer(cost, guard).observe(completion(fused, SPLIT, 0.0, 2 * cost.work_s(fused, 100, 32)))
-    cell = Cell.of(PrefillLoad(256), DecodeLoad(16, 16_000), 32, is_fused=True)
+    cell = Cell.of(PrefillLoad(256), DecodeLoad(16, 16_000), 32, True)
     assert guard.factor(Lane.DECODE, cell).mean == pytest.approx(2)
     assert guard.factor(Lane.DECODE, cell._replace(is_fused=False)).mean == guard.prior_mean
+
+
+def test_fused_steps_soon_after_a_split_have_cells_of_their_own():
+    """The clock is still as lanes beside each other leave it: their slowness is not held against later steps."""
+    cost, guard = CostModel(LLAMA, h200_prior()), Guard()
+    observer, fused, at_s = Observer(cost, guard), FusedWork(prefill(256), decode()), 0.0
+    solo_s = cost.work_s(fused, 132, 132)
+    cell = Cell.of(PrefillLoad(256), DecodeLoad(16, 16_000), 132, True)
+    behind = cell._replace(is_behind_split=True)
+    unseen = guard.factor(Lane.DECODE, cell), guard.factor(Lane.DECODE, behind)
+    assert unseen[1].worst == pytest.approx(unseen[0].worst * guard.behind_split)
+    for _ in range(3):
+        observer.observe(completion(prefill(last=8), SPLIT, at_s, 0.01))
+        observer.observe(completion(fused, WHOLE, at_s + 0.01, 1.3 * solo_s))
+        observer.observe(completion(fused, WHOLE, at_s + 0.01 + RECOVERY_S, solo_s))
+        at_s += 1.0
+    assert guard.factor(Lane.DECODE, behind).mean == pytest.approx(1.3, rel=0.02)
+    assert guard.factor(Lane.DECODE, cell).mean == pytest.approx(1.0, rel=0.02)
+    assert guard.factor(Lane.DECODE, cell).worst == pytest.approx(guard.floor, rel=0.02)
 
 
 def test_work_that_nobody_timed_is_ignored():

@@ -116,3 +116,12 @@ def test_a_last_piece_waits_where_its_prompt_would_end_too_early():
     assert log.flight.merge_from_s(0.012, 0.020, 0.012) == -math.inf, "a longer one need not wait"
     assert log.flight.merge_from_s(0.002, 0.020, 0.025) == -math.inf, "what is lost cannot be saved by waiting"
     assert not log.flight.is_merging
+
+
+def test_pieces_on_a_half_are_remembered():
+    log = Log().launch(1, piece(), WHOLE)
+    assert not log.complete(1, at_s=1.0).flight.has_split_since(0.0), "the lanes took turns"
+    log.launch(2, piece(), NARROW)
+    assert log.flight.has_split_since(math.inf), "one runs yet"
+    log.complete(2, at_s=2.0)
+    assert log.flight.has_split_since(1.9) and not log.flight.has_split_since(2.0)
