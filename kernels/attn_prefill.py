@@ -11,15 +11,13 @@ tokens, one table entry) a step: first the blocks that every row sees whole, the
 softmax runs online, in fp32, in powers of two. num_sms * PROGRAMS_PER_SM programs draw tiles from a counter,
 the longest of a request first; two small programs on an SM hide each other's waits better than one of twice the size.
 
-Few tiles, each over a long context, would fill a last round of programs in part: 256 tiles take as long on 232 programs
-as on 128. So, given scratch, a launch of at most MAX_TILES tiles cuts those of requests with 3 * PART_BLOCKS cached
-blocks or more along the keys, as many tiles as MAX_PARTS allows: from 3 parts on, one for each PART_BLOCKS, at most
-FEWEST_PARTS where tiles are many and MOST_PARTS where they are few. The k-th part from the end begins at
-1 - (k / n) ** 2 of the tile's blocks: four are 7, 5, 3 and 1 sixteenths. First all tiles left whole are drawn, then the
-first parts of all others, then their second parts; what comes last is small, so programs end together. A part leaves
-its sums (o, m, l) in scratch, 32.5 KiB at D = 128, written once and read once: 1.6% of what a tile of four parts over
-32k keys reads. The program that brings a tile's last part adds them up in the order of the keys. Which tiles are cut,
-and where, follows from lengths and sizes alone, found on the device: num_sms changes no bit.
+Few tiles, each over a long context, would fill a last round of programs in part: 256 tiles take as long on 200 programs
+as 400. So, given scratch, a launch of at most MAX_TILES tiles may cut them along the keys. `choose_cut` says into how
+many parts, and from how many cached blocks on that pays; which requests have as many is found on the device. The k-th
+part from the end begins at 1 - (k / n) ** 2 of the tile's blocks: four are 7, 5, 3 and 1 sixteenths. First all tiles
+left whole are drawn, then the first parts of all others, then their second parts; what comes last is small, so programs
+end together. A part leaves its sums (o, m, l) in scratch, 32.5 KiB at D = 128, and the program that brings a tile's
+last part adds them up in the order of the keys: a launch on as many SMs gives the same bits.
 
 Each step multiplies the previous block's probabilities with V while it computes the softmax of its own scores: the
 product needs no result of this step, so the tensor cores work through the exponentials.
@@ -30,6 +28,8 @@ and SM count, and a decode step run through here gives the bits that prefill wou
 
 The file refuses to know where the blocks came from and who else reads them. Tests: tests/test_kernels_attention.py.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +42,14 @@ LOG2_E = 1.4426950408889634
 PROGRAMS_PER_SM = 2  # what registers and shared memory hold at once
 BLOCK_M = 64  # rows of a tile; half of it without bulk copies
 
-# Which tiles are cut along the keys, and where. PART_BLOCKS >= 2 * MOST_PARTS, which makes the smallest part two blocks
-# at least: so every row of a tile sees a key in each part.
-PART_BLOCKS = 40  # cached for each part, on average; with fewer than three parts a tile is left whole
-FEWEST_PARTS, MOST_PARTS = 4, 12  # of a tile, where there are keys enough
+# Where tiles are cut along the keys. PART_BLOCKS >= 2 * MOST_PARTS, which makes the smallest part two blocks at least:
+# so every row of a tile sees a key in each part.
+PART_BLOCKS = 16  # cached for each part, on average; with fewer than FEWEST_PARTS a tile is left whole
+FEWEST_PARTS, MOST_PARTS = 3, 8  # of a tile
+PART_COST = 10  # of a part to its program: as long as so many blocks take
 MAX_PARTS = 1536  # of all tiles of a launch: what scratch holds
 MAX_TILES = 1280  # of a launch that cuts any, 2,048 tokens of most models; with more, one round lost is little
+NEVER = 1 << 24  # cached blocks
 MAX_REQUESTS = 64  # of a launch that cuts any
 
 
@@ -141,7 +143,7 @@ def _attend_blocks(
 
 @triton.jit
 def _lay_out(
-    query_starts, context_lens, num_requests, most_parts, max_split,
+    query_starts, context_lens, num_requests, most_parts, least_keys, max_split,
     TILE_QUERIES: tl.constexpr, SEARCH: tl.constexpr, PART_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Where each request's tiles end among those left whole, and among those that are cut; the most parts of any."""
@@ -150,7 +152,7 @@ def _lay_out(
     num_queries = tl.load(query_starts + index + 1, mask=index < num_requests, other=0) - starts
     cached = tl.load(context_lens + index, mask=index < num_requests, other=0) - num_queries
     tiles = (num_queries + TILE_QUERIES - 1) // TILE_QUERIES
-    parts = tl.where(cached >= 3 * PART_KEYS, tl.minimum(cached // PART_KEYS, most_parts), 0)
+    parts = tl.where(cached >= least_keys, tl.minimum(cached // PART_KEYS, most_parts), 0)
     split_ends = tl.minimum(tl.cumsum(tl.where(parts > 0, tiles, 0), 0), max_split)
     return tl.cumsum(tiles, 0) - split_ends, split_ends, tl.max(parts, 0)
 
@@ -183,11 +185,11 @@ def _merge(first, num_parts, partial_o, partial_m, partial_l, BLOCK_M: tl.conste
     return total / total_sum[:, None]
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_tiles", "max_blocks", "most_parts", "max_split"])
+@triton.jit(do_not_specialize=["num_requests", "num_tiles", "max_blocks", "most_parts", "least_keys", "max_split"])
 def _attn_prefill_kernel(
     q_ptr, k_cache, v_cache, block_table, rows, query_starts, context_lens, out_ptr, tiles_taken,
     partial_o, partial_m, partial_l, arrivals,
-    num_requests, num_tiles, max_blocks, most_parts, max_split, qk_scale,
+    num_requests, num_tiles, max_blocks, most_parts, least_keys, max_split, qk_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, SEARCH: tl.constexpr, BULK: tl.constexpr, SPLIT: tl.constexpr, PART_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -200,7 +202,7 @@ def _attn_prefill_kernel(
 
     if SPLIT:  # steps: tiles left whole, then the first parts of all others, then their second parts, ...
         whole_ends, split_ends, num_rounds = _lay_out(
-            query_starts, context_lens, num_requests, most_parts, max_split, TILE_QUERIES, SEARCH, PART_KEYS
+            query_starts, context_lens, num_requests, most_parts, least_keys, max_split, TILE_QUERIES, SEARCH, PART_KEYS
         )
         num_tiles = (tl.max(whole_ends, 0) + tl.max(split_ends, 0) * num_rounds) * KV_HEADS
 
@@ -214,8 +216,9 @@ def _attn_prefill_kernel(
         kv_head = step % KV_HEADS
         if SPLIT:  # Map: laid out again for each, since there are no registers to keep it in
             whole_ends, split_ends, _ = _lay_out(
-                query_starts, context_lens, num_requests, most_parts, max_split, TILE_QUERIES, SEARCH, PART_KEYS
-            )
+                query_starts, context_lens, num_requests, most_parts, least_keys, max_split, TILE_QUERIES, SEARCH,
+                PART_KEYS,
+            )  # fmt: skip
             num_split = tl.maximum(tl.max(split_ends, 0), 1)
             tile = tl.max(whole_ends, 0) - 1 - step // KV_HEADS
             is_split = tile < 0
@@ -311,6 +314,22 @@ def prefill_scratch_shape(head_dim):
     return (MAX_PARTS * (BLOCK_M * (head_dim + 2) + 1),)
 
 
+def choose_cut(num_tiles, num_programs):
+    """-> (parts of a tile at most, cached blocks from which on tiles are cut) for so many tiles of equal length.
+
+    Up to half a round: as many parts as there are programs. In the last of several rounds it must gain more than the
+    parts cost. What fills most of one round is left whole.
+    """
+    num_rounds = num_tiles / num_programs
+    if num_rounds <= 0.5:
+        return min(max(num_programs // max(num_tiles, 1), FEWEST_PARTS), MOST_PARTS), FEWEST_PARTS * PART_BLOCKS
+    idle = math.ceil(num_rounds) - num_rounds  # of the last round
+    if num_rounds <= 1 or idle == 0:
+        return FEWEST_PARTS, NEVER
+    cost = math.ceil(num_rounds * FEWEST_PARTS * PART_COST / idle)
+    return FEWEST_PARTS, min(max(cost, FEWEST_PARTS * PART_BLOCKS), NEVER)
+
+
 def attn_prefill(
     q, k_cache, v_cache, block_table, rows, query_starts, context_lens,
     *, max_query_len, scale, out=None, counter=None, scratch=None, num_sms,
@@ -323,7 +342,7 @@ def attn_prefill(
     [T, H, D]. counter: one int32, 0, which every launch leaves at 0 again; launches that may run at the same time must
     not share it; allocated and cleared here when None. scratch: see `prefill_scratch_shape`; each launch leaves it
     ready for the next. When None no tile is cut, and a row's bits depend on its own query and keys alone; otherwise
-    also on how the prompt is chunked and on what else is in the launch, but not on num_sms. The launch depends on
+    also on num_sms, on how the prompt is chunked and on what else is in the launch. The launch depends on
     shapes and num_sms only, so it can be captured in a CUDA graph; max_query_len, an upper bound of the query counts,
     is there for callers that share one signature: tiles are counted from T and R.
     """
@@ -349,14 +368,14 @@ def attn_prefill(
     if counter is None:
         counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     is_split = scratch is not None and num_tiles <= MAX_TILES and num_requests <= MAX_REQUESTS
-    parts, most_parts = (None,) * 4, 1
+    parts, most_parts, least_blocks, num_programs = (None,) * 4, 1, NEVER, num_sms * PROGRAMS_PER_SM
     if is_split:
         parts = scratch.split([MAX_PARTS * size for size in (BLOCK_M * head_dim, BLOCK_M, BLOCK_M, 1)])
-        most_parts = min(max(MAX_PARTS // num_tiles, FEWEST_PARTS), MOST_PARTS)
-    _attn_prefill_kernel[(min(num_sms * PROGRAMS_PER_SM, num_tiles * most_parts),)](
+        most_parts, least_blocks = choose_cut(num_tiles - num_requests * num_kv_heads, num_programs)
+    _attn_prefill_kernel[(min(num_programs, num_tiles * most_parts),)](
         q, k_cache, v_cache, block_table, rows, query_starts, context_lens, out, counter, *parts,
-        num_requests, num_tiles, block_table.stride(0), most_parts, MAX_PARTS // (most_parts * num_kv_heads),
-        scale * LOG2_E,
+        num_requests, num_tiles, block_table.stride(0), most_parts, least_blocks * BLOCK_SIZE,
+        MAX_PARTS // (most_parts * num_kv_heads), scale * LOG2_E,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK=BLOCK_SIZE, BLOCK_M=block_m,
         SEARCH=MAX_REQUESTS if is_split else 256, BULK=bulk, SPLIT=is_split, PART_KEYS=PART_BLOCKS * BLOCK_SIZE,
         num_warps=4, num_stages=num_stages,

@@ -42,7 +42,7 @@ SHAPE = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_
 ANY_SMS = 0  # as an SM count: learned from all of them, for one where nothing ran yet
 ALONE_SHARE, BESIDE_SHARE = 0.1, 0.75  # of a step's time beside the other lane: at most, at least
 ATTENTION_ROWS_PER_SM = 96  # query rows, all heads counted, that keep an SM busy in prefill attention
-CUT_TOKENS, CUT_SHARE = 7680, 0.37  # over longer contexts attention cuts its tiles: this share of the rows will do
+CUT_TOKENS, CUT_SHARE = 3072, 0.28  # over longer contexts few tiles are cut, at the cost of this share of such rows
 RECOVERY_S = 0.03  # until the clock is back up after a split
 
 
@@ -306,8 +306,8 @@ class CostModel:
     def _prefill_attention_s(self, load: PrefillLoad, num_sms: int) -> float:
         site = self._at(num_sms)
         full_s = (load.num_pairs - load.num_prefix_pairs) * site.causal_s + load.num_prefix_pairs * site.prefix_s
-        share = CUT_SHARE if load.longest > CUT_TOKENS else 1.0
-        return max(full_s, share * site.full_tokens * load.longest * site.prefix_s)  # few tokens leave SMs idle
+        idle_s = site.full_tokens * load.longest * site.prefix_s  # few tokens leave SMs idle
+        return max(full_s, min(idle_s, full_s + CUT_SHARE * idle_s) if load.longest > CUT_TOKENS else idle_s)
 
     def _decode_attention_s(self, load: DecodeLoad, num_sms: int) -> float:
         return (load.context_tokens + self.profile.kv_start_tokens * load.batch) * self._at(num_sms).kv_s

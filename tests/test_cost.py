@@ -119,12 +119,12 @@ def test_attention_of_prefill_counts_what_came_before_and_idle_sms():
     flops = 4 * 4096 * 32
     assert attention_s(2048, 0) == pytest.approx(2048**2 / 2 * flops / 1e14)
     assert attention_s(2048, 8192) - attention_s(2048, 0) == pytest.approx(2048 * 8192 * flops / 2e14)
-    few_s = 396 * (4096 + 100) * flops / 2e14  # a tile of 100 tokens walks as far as one of many
-    assert attention_s(100, 4096) == pytest.approx(few_s), "396 tokens would keep 132 SMs busy"
-    cut_s = CUT_SHARE * 396 * (8192 + 100) * flops / 2e14
-    assert attention_s(100, 8192) == pytest.approx(cut_s), "over long contexts tiles are cut, so fewer tokens will do"
-    assert CUT_TOKENS == 3 * attn_prefill.PART_BLOCKS * attn_prefill.BLOCK_SIZE
-    two = PrefillLoad.of_parts(((100, 4096), (296, 0)))
+    few_s = 396 * (2000 + 100) * flops / 2e14  # a tile of 100 tokens walks as far as one of many
+    assert attention_s(100, 2000) == pytest.approx(few_s), "396 tokens would keep 132 SMs busy"
+    cut_s = (100 * 8192 / 2e14 + 100**2 / 2 / 1e14 + CUT_SHARE * 396 * (8192 + 100) / 2e14) * flops
+    assert attention_s(100, 8192) == pytest.approx(cut_s), "over long contexts tiles are cut, so SMs have work"
+    assert CUT_TOKENS == attn_prefill.choose_cut(64, 264)[1] * attn_prefill.BLOCK_SIZE
+    two = PrefillLoad.of_parts(((100, 2000), (296, 0)))
     assert cost.prefill_s(two, 132) - cost.prefill_s(PrefillLoad(396), 132) == pytest.approx(few_s)
 
 
