@@ -8,11 +8,11 @@ Three modes compete, each by the prompt tokens per second it computes while ever
     exclusive   the chip in turns: a decode step, then as many prefill layers as the rest of the TBT holds
 
 The paper's dispatcher (arXiv 2504.14489, section 3.4) is the first of them. Promises are judged by the guard's worst
-factor, throughput by what to expect: the guard's mean where prefill runs beside decode, the solo time in a fused step
-and in turns (whose decode steps count as promised). Chunks of any size are compared as if they were all like the first
-prompt: a large one may end in the cheap head of the next. A choice changes to split, from it, or to another partition
-only when that is better by a margin. Where no mode can keep the TBT, decode gets the chip, prefill a stated share of
-the time, and the decision says ``unmeetable``.
+factor, throughput by what to expect: the guard's mean, of a fused step as it will be when the clock has settled, and
+the solo time in turns (whose decode steps count as promised). Chunks of any size are compared as if they were all like
+the first prompt: a large one may end in the cheap head of the next. A choice changes to split, from it, or to another
+partition only when that is better by a margin. Where no mode can keep the TBT, decode gets the chip, prefill a stated
+share of the time, and the decision says ``unmeetable``.
 
 Imports no torch, reads no clock, keeps no state: the caller passes the decision in force.
 """
@@ -115,7 +115,8 @@ class Dispatcher:
         solo_s, alike_s = (self.cost.fused_s(one, load.decode, *sms) for one in (chunk, alike))
         cell = Cell.of(chunk, load.decode, partition.decode_sms, True, load.is_behind_split)
         step_s = solo_s * self.guard.factor(Lane.DECODE, cell).worst
-        rate, layers = chunk.num_tokens / alike_s, self.cost.num_layers
+        settled = self.guard.factor(Lane.DECODE, cell._replace(is_behind_split=False))
+        rate, layers = chunk.num_tokens / (alike_s * settled.mean), self.cost.num_layers
         promise = {"step_s": step_s, "decode_s": step_s, "is_unmeetable": step_s > load.tbt_s}
         return Decision(Mode.FUSED, partition, chunk.num_tokens, layers, prompt_tokens_per_s=rate, **promise)
 

@@ -18,9 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nanodrift.plan import Partition
-
-DECODE_SMS = (16, 32, 48, 64, 80)  # on 132 SMs; scaled to the device and rounded to what it grants
+from nanodrift.plan import DECODE_SMS, Partition
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,10 @@ class Partition:
         return self.prefill_sms if lane is Lane.PREFILL else self.decode_sms
 
 
+# Of a device with 132 SMs. The prefill halves lie where rounds of tiles end: the down product of 2,048 tokens has 256,
+# 3 rounds on 88 to 127 SMs and 4 on 64 to 85, so 84 SMs would prefill no faster than 68.
+DECODE_SMS = (32, 40, 64)
+
 FLAGS = ("has_filter", "has_penalty", "has_logprobs")  # of RowParams, and of a step that has such a row
 
 

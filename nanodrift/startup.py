@@ -23,7 +23,7 @@ from nanodrift.executor import Executor
 from nanodrift.gpu import GpuExecutor
 from nanodrift.kvcache import blocks_for
 from nanodrift.model import Model
-from nanodrift.partition import DECODE_SMS
+from nanodrift.plan import DECODE_SMS
 from nanodrift.scheduler import Scheduler
 from nanodrift.weights import dummy_weights, load_weights, resolve_dtype
 

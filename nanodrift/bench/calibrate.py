@@ -44,7 +44,7 @@ from nanodrift.cost import (
     Profile,
     h200_prior,
 )
-from nanodrift.plan import FUSED_TOKENS, Lane, Partition, padded_tokens
+from nanodrift.plan import DECODE_SMS, FUSED_TOKENS, Lane, Partition, padded_tokens
 
 WINDOW_S, QUICK_WINDOW_S = 1.5, 0.5
 LIGHT = 0.55  # of a window, where only decode runs: it draws too little for the clock to fall
@@ -71,7 +71,7 @@ def shapes(partitions: Iterable[Partition], is_quick: bool = False) -> list[Shap
     for size in FUSED_TOKENS[1::2] if is_quick else FUSED_TOKENS:  # a graph each: their products take time in steps
         found.append(Shape(whole, (K,) * 16, ((min(size - 16, 2 * K), 0),), is_fused=True))
     for size, context, start in ((128, 8 * K, 6 * K), (320, 8 * K, 6 * K), (1024, 8 * K, 0)):
-        for partition in (whole, *(p for p in splits if p.decode_sms in (32, 48, 64))):
+        for partition in (whole, *(p for p in splits if p.decode_sms in (32, 40, 64))):
             found.append(Shape(partition, (context,) * 64, ((size - 64, start),), is_fused=True))
     for partition in splits:
         for batch, context in ((16, K), (64, K), (128, K), (16, 8 * K), (64, 8 * K)):
@@ -335,7 +335,6 @@ def open_device(options: argparse.Namespace, green_contexts: bool = True) -> tup
     from nanodrift.bench import machine
     from nanodrift.gpu import GpuExecutor
     from nanodrift.model import Model
-    from nanodrift.partition import DECODE_SMS
     from nanodrift.startup import resolve_device
     from nanodrift.weights import dummy_weights, load_weights, resolve_dtype
 

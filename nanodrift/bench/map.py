@@ -31,7 +31,7 @@ from nanodrift.config import ConfigError, ModelConfig
 from nanodrift.cost import CostModel, DecodeLoad, Guard, Profile, find_profile, h200_prior, read_profile
 from nanodrift.decision import Decision, Load, Mode
 from nanodrift.dispatch import Dispatcher
-from nanodrift.plan import Partition
+from nanodrift.plan import DECODE_SMS, Partition
 
 TBT_MS = (7, 8, 10, 12, 15, 20, 25, 30, 40, 50)
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -250,7 +250,7 @@ def _run(options: argparse.Namespace) -> int:
     profile = (
         read_profile(options.profile) if options.profile else find_profile(gpu, config, "bfloat16") or h200_prior()
     )
-    splits = tuple(Partition(profile.num_sms - n, n) for n in (16, 32, 48, 64, 80))
+    splits = tuple(Partition(profile.num_sms - n, n) for n in DECODE_SMS)
     partitions = (Partition(profile.num_sms, profile.num_sms, is_shared=True), *splits)
     ways = Ways(config, profile, driver.executor.partitions if options.measure else partitions)
     rows = predict(ways)

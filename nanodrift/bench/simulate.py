@@ -19,14 +19,14 @@ from nanodrift.cost import CostModel, Guard, find_profile, h200_prior, read_prof
 from nanodrift.decision import Mode, Policy
 from nanodrift.engine import Engine
 from nanodrift.executor import Clock
-from nanodrift.plan import Partition
+from nanodrift.plan import DECODE_SMS, Partition
 from nanodrift.scheduler import Scheduler
 from nanodrift.sim import SimExecutor
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DEFAULT_MODEL, DEVICE = "llama-3.1-8b", "NVIDIA H200"
 WHOLE_CHIP = Partition(132, 132, is_shared=True)
-SPLITS = tuple(Partition(132 - decode_sms, decode_sms) for decode_sms in (16, 32, 48, 64, 80))
+SPLITS = tuple(Partition(132 - decode_sms, decode_sms) for decode_sms in DECODE_SMS)
 NUM_BLOCKS = 13_000  # what an H200 has room for beside the weights of an 8B model: 100 GiB
 NUM_ROWS = 256
 MAX_PREFILL_TOKENS = 2048
