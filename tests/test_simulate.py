@@ -65,7 +65,7 @@ def test_modes_restrict_the_dispatcher():
     [
         (("--policy", "best"), "chunked-auto"),
         (("--workload", "poems"), "sharegpt"),
-        (("--policy", "static:40"), "16, 32"),
+        (("--policy", "static:48"), "32, 40, 64"),
         (("--policy", "mux:sideways"), "sideways"),
         (("--policy", "chunked:few"), "chunked:TOKENS"),
         (("--rates", "fast"), "requests/s"),
