@@ -9,7 +9,7 @@ prefill, decode and fused steps share since weights are read once whoever asks, 
     prefill attn    = sum n_i^2 / 2 * 4 H D L / causal rate(n) + sum n_i r_i * 4 H D L / prefix rate(n)
                       n_i new tokens after r_i; too few to fill the SMs take as long as if they did
     decode attn     = (sum context_i + start * batch) * KV bytes per token / KV bandwidth(n)
-    side by side    = the slower of two attentions on their own SMs, times contention, plus fork and join
+    side by side    = the slower of two attentions on their own SMs, a share of the faster, fork and join
 
 A ``Profile`` holds one machine's figures: measured by ``bench.py calibrate`` and found in profiles/ by GPU and model
 shape, or a prior scaled from what is known of the device. Traffic keeps correcting both: ``Observer`` looks at every
@@ -78,7 +78,8 @@ class Profile:
     fork_join_s: float  # of one layer whose two attentions run side by side
     host_launch_s: float  # of a prefill piece, for each of its layers
     kv_start_tokens: float = 0.0  # what starting on a request costs decode attention, in tokens of context
-    beside_factor: float = 1.1  # what two attentions beside each other cost the slower one
+    beside_share: float = 0.5  # of the faster of two attentions: what the slower one loses to it
+    fused_overhead_s: float = 0.0  # of a fused step: what it takes to start one attention more
     passes: tuple[tuple[int, Curve], ...] = ()  # (tokens, passes through all layers' products per second)
     factors: tuple[tuple, ...] = ()  # of the guard: lane, the fields of Cell, mean, worst, samples
     gpu: str = ""  # the rest: what this was measured on, and how
@@ -244,12 +245,13 @@ class CostModel:
         """One pass for both on the whole chip; the attentions side by side if their SMs fit beside each other."""
         whole = self.profile.num_sms
         num_tokens = padded_tokens(prefill.num_tokens + decode.batch, is_fused=True)
-        rest_s = self._pass_s(num_tokens, prefill.num_sampled + decode.batch, whole)
+        rest_s = self._pass_s(num_tokens, prefill.num_sampled + decode.batch, whole) + self.profile.fused_overhead_s
         attentions = self._prefill_attention_s(prefill, prefill_sms), self._decode_attention_s(decode, decode_sms)
         if prefill_sms + decode_sms > whole:
             attention_s = sum(attentions)
         else:
-            attention_s = max(attentions) * self.profile.beside_factor + self.profile.fork_join_s * self.num_layers
+            attention_s = max(attentions) + self.profile.beside_share * min(attentions)
+            attention_s += self.profile.fork_join_s * self.num_layers
         return self.scale(FusedWork, decode_sms) * (rest_s + attention_s)
 
     def work_s(self, work: Work, prefill_sms: int, decode_sms: int) -> float:

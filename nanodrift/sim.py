@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
 from nanodrift.executor import VirtualClock
-from nanodrift.plan import Completion, Lane, Partition, Ticket, Work
+from nanodrift.plan import Completion, FusedWork, Lane, Partition, Ticket, Work
 
 TOKEN_ID = 0
 
@@ -115,10 +115,10 @@ class SimExecutor:
         return num_sms > self._cost.profile.num_sms
 
     def _slowdown(self, entry: _InFlight, running: list[_InFlight]) -> float:
-        if len(running) == 1:
-            return 1.0
-        works = {e.ticket.work.lanes[0]: e.ticket for e in running}
-        prefill, decode = works[Lane.PREFILL].work, works[Lane.DECODE].work
-        decode_sms = works[Lane.DECODE].partition.decode_sms
-        cell = Cell.of(PrefillLoad.of(prefill.slices), DecodeLoad.of(decode), decode_sms)
-        return self._guard.factor(entry.ticket.work.lanes[0], cell).mean
+        """Of a step by what runs beside it: another, or nothing; a fused step is both lanes' alone."""
+        works = {part.lanes[0]: part for e in running for part in e.ticket.work.parts}
+        prefill = PrefillLoad.of(works[Lane.PREFILL].slices) if Lane.PREFILL in works else PrefillLoad()
+        decode = DecodeLoad.of(works[Lane.DECODE]) if Lane.DECODE in works else DecodeLoad()
+        work, is_fused = entry.ticket.work, isinstance(entry.ticket.work, FusedWork)
+        cell = Cell.of(prefill, decode, entry.ticket.partition.decode_sms, is_fused)
+        return self._guard.factor(work.lanes[-1], cell).mean

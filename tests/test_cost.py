@@ -138,11 +138,13 @@ def test_decode_attention_counts_context_and_requests():
 
 
 def test_side_by_side_takes_the_slower_attention():
-    cost = CostModel(LLAMA, measured(beside_factor=1.2, fork_join_s=1e-5))
+    cost = CostModel(LLAMA, measured(beside_share=0.2, fork_join_s=1e-5))
     load, step = PrefillLoad.of_chunk(1024, 0), DecodeLoad(64, 64 * 8192)
     bare_s = cost.fused_s(PrefillLoad(1024), DecodeLoad(64, 0), 132, 132)
     attention_s = 64 * 8192 * 131072 / 1.9e12
-    assert cost.fused_s(load, step, 100, 32) == pytest.approx(bare_s + 1.2 * attention_s + 32e-5)
+    other_s = cost.prefill_s(load, 100) - cost.prefill_s(PrefillLoad(1024), 100)
+    assert other_s < attention_s
+    assert cost.fused_s(load, step, 100, 32) == pytest.approx(bare_s + attention_s + 0.2 * other_s + 32e-5)
 
 
 # --- profiles ---------------------------------------------------------------------------------------------------------

@@ -103,13 +103,10 @@ def test_layer_chunks_add_up_to_the_whole(cost):
     assert parts == pytest.approx(whole)
 
 
-def test_fused_reads_the_weights_once_and_side_by_side_saves_attention(cost):
+def test_fused_reads_the_weights_once(cost):
     prefill_load, decode_load = PrefillLoad.of_chunk(1024, 16384), DecodeLoad(64, 64 * 4096)
     separate = cost.prefill_s(prefill_load, 132) + cost.decode_s(decode_load, 132)
-    in_sequence = cost.fused_s(prefill_load, decode_load, 132, 132)
-    beside = cost.fused_s(prefill_load, decode_load, 100, 32)
-    assert in_sequence < separate
-    assert beside < in_sequence
+    assert cost.fused_s(prefill_load, decode_load, 132, 132) < separate
 
 
 def test_whole_chip_lanes_take_turns(cost):

@@ -48,6 +48,7 @@ from nanodrift.plan import DECODE_SMS, FUSED_TOKENS, Lane, Partition, padded_tok
 
 WINDOW_S, QUICK_WINDOW_S = 1.5, 0.5
 LIGHT = 0.55  # of a window, where only decode runs: it draws too little for the clock to fall
+FASTER = 0.15  # of the slower of two attentions: how long the faster takes at least, to tell what it costs the other
 HOST_BOUND = 1.15  # a chunk that takes less than this over its launches was waiting for the host
 K = 1024
 
@@ -70,8 +71,8 @@ def shapes(partitions: Iterable[Partition], is_quick: bool = False) -> list[Shap
     found += [Shape(whole, prompts=((128, 6 * K),)), Shape(whole, prompts=((2 * K, 30 * K),))]
     for size in FUSED_TOKENS[1::2] if is_quick else FUSED_TOKENS:  # a graph each: their products take time in steps
         found.append(Shape(whole, (K,) * 16, ((min(size - 16, 2 * K), 0),), is_fused=True))
-    for size, context, start in ((128, 8 * K, 6 * K), (320, 8 * K, 6 * K), (1024, 8 * K, 0)):
-        for partition in (whole, *(p for p in splits if p.decode_sms in (32, 40, 64))):
+    for size, context, start in ((128, 8 * K, 6 * K), (320, 8 * K, 6 * K), (256, 2 * K, 3 * K), (512, 2 * K, 3 * K)):
+        for partition in (whole, *splits):
             found.append(Shape(partition, (context,) * 64, ((size - 64, start),), is_fused=True))
     for partition in splits:
         for batch, context in ((16, K), (64, K), (128, K), (16, 8 * K), (64, 8 * K)):
@@ -165,34 +166,34 @@ def fit(rows: list[dict], config: ModelConfig, num_sms: int, about: dict) -> Pro
 
 
 def _fit_fused(profile: Profile, config: ModelConfig, rows: list[dict]) -> Profile:
-    """More rows of the table, where fused steps show what sizes between cost; then the price of being side by side.
+    """What a step costs more for being fused; rows of the table between those known; the price of being side by side.
 
     Products take time in steps (a few more tokens can cost another wave of tiles), which is why those rows matter.
     Their cells on fewer SMs lie on the straight line between their neighbours.
     """
-    rest: dict[int, list[float]] = defaultdict(list)
+    missed: dict[int, list[float]] = defaultdict(list)
     model = CostModel(config, profile)
     for row in rows:
         prefill, decode = loads(row)
         num_tokens = padded_tokens(prefill.num_tokens + decode.batch, is_fused=True)
-        if row["shared"] and num_tokens > 256:
-            products_s = model.products_s(num_tokens, profile.num_sms)
-            rest[num_tokens].append(row["step_ms"]["p50"] / 1e3 - predicted_s(model, row, Lane.DECODE) + products_s)
+        if row["shared"]:
+            missed[num_tokens].append(row["step_ms"]["p50"] / 1e3 - predicted_s(model, row, Lane.DECODE))
     passes, least_s = dict(profile.passes), float("inf")
-    for num_tokens, seconds in sorted(rest.items(), reverse=True):
-        least_s = min(least_s, median(seconds))  # fewer tokens never take longer
+    over_s = max(0.0, median([s for num_tokens, of in missed.items() if num_tokens in passes for s in of] or [0.0]))
+    for num_tokens, seconds in sorted(missed.items(), reverse=True):
+        products_s = model.products_s(num_tokens, profile.num_sms)
+        least_s = min(least_s, median(seconds) + products_s - over_s)  # fewer tokens never take longer
         known = {sms: model.products_s(num_tokens, sms) for sms, _ in passes[2 * K].points}
         passes.setdefault(num_tokens, _rate(known | {profile.num_sms: least_s}))
-    profile = replace(profile, passes=tuple(sorted(passes.items())))
-    model, found = CostModel(config, replace(profile, beside_factor=1.0, fork_join_s=0.0)), []
+    profile = replace(profile, passes=tuple(sorted(passes.items())), fused_overhead_s=round(over_s, 6))
+    model, shares = CostModel(config, replace(profile, beside_share=0.0)), []
     for row in rows:
         prefill, decode = loads(row)
-        if not row["shared"] and decode.context_tokens > 100 * K:
-            bare = PrefillLoad(prefill.num_tokens, 0.0, prefill.num_sampled), DecodeLoad(decode.batch, 0)
-            rest_s = model.fused_s(*bare, profile.num_sms, profile.num_sms)
-            slower_s = predicted_s(model, row, Lane.DECODE) - rest_s
-            found.append((row["step_ms"]["p50"] / 1e3 - rest_s - profile.fork_join_s * config.num_layers) / slower_s)
-    return replace(profile, beside_factor=round(max(1.0, median(found)), 3)) if found else profile
+        prefill_s = model._prefill_attention_s(prefill, row["prefill_sms"])
+        faster_s, slower_s = sorted((prefill_s, model._decode_attention_s(decode, row["decode_sms"])))
+        if not row["shared"] and faster_s > FASTER * slower_s:
+            shares.append((row["step_ms"]["p50"] / 1e3 - predicted_s(model, row, Lane.DECODE)) / faster_s)
+    return replace(profile, beside_share=round(min(max(median(shares), 0.0), 1.0), 3)) if shares else profile
 
 
 def factors(cost: CostModel, rows: list[dict]) -> tuple[tuple, ...]:
