@@ -34,6 +34,15 @@ def test_every_policy_answers_every_request(capsys, policy):
         assert line
 
 
+def test_a_reader_that_leaves_early_gets_no_traceback():
+    with subprocess.Popen(
+        [sys.executable, ROOT / "bench.py", "explain"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    ) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 def test_no_request_finds_anothers_prefix():
     run = explain.simulate("mux", tuple(Mode), SLO(tbt_ms=12))
     assert [request.num_cached_tokens for request in run.requests] == [0] * len(run.requests)
