@@ -11,8 +11,8 @@ The paper's dispatcher (arXiv 2504.14489, section 3.4) is the first of them. Pro
 factor, throughput by what to expect: the guard's mean, of a fused step as it will be when the clock has settled, and
 the solo time in turns (whose decode steps count as promised). Chunks of any size are compared as if they were all like
 the first prompt: a large one may end in the cheap head of the next. A choice changes to split, from it, or to another
-partition only when that is better by a margin. Where no mode can keep the TBT, decode gets the chip, prefill a stated
-share of the time, and the decision says ``unmeetable``.
+partition only when that is better by a margin. Where no mode can keep the TBT, decode gets the chip and prefill a
+stated share of the time, or each a half if steps take no longer there, and the decision says ``unmeetable``.
 
 Imports no torch, reads no clock, keeps no state: the caller passes the decision in force.
 """
@@ -59,15 +59,15 @@ class Dispatcher:
         if load.decode.batch == 0 or load.prompt_tokens == 0:
             return self._alone(load)
         options = self.options(load, current)
-        if not options:
-            return self._exclusive(load, is_forced=True)
+        if not options:  # a half where steps take no longer lets prefill do more meanwhile
+            forced = self._exclusive(load, is_forced=True)
+            halves = [self.split_at(load, p) for p in self.splits if Mode.SPLIT in self.modes]
+            options = [option for option in (forced, *halves) if option.step_s <= forced.step_s]
         best = max(options, key=lambda option: option.prompt_tokens_per_s)
         in_force = current and (current.mode, current.partition)
         kept = next((option for option in options if (option.mode, option.partition) == in_force), None)
         is_free = kept is None or Mode.SPLIT not in (best.mode, kept.mode)
-        if is_free or best.prompt_tokens_per_s > (1 + HYSTERESIS) * kept.prompt_tokens_per_s:
-            return best
-        return kept
+        return best if is_free or best.prompt_tokens_per_s > (1 + HYSTERESIS) * kept.prompt_tokens_per_s else kept
 
     def options(self, load: Load, current: Decision | None = None) -> list[Decision]:
         """Every permitted way that keeps the TBT, at most one a mode."""

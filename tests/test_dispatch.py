@@ -128,13 +128,25 @@ def test_an_idle_lane_leaves_the_chip_to_the_other():
 
 def test_what_cannot_be_met_is_said_and_prefill_keeps_its_share():
     one = load(tbt_ms=2.0)  # the weights alone take longer
-    decision = dispatcher().choose(one)
+    decision = dispatcher([Mode.FUSED, Mode.EXCLUSIVE]).choose(one)
     assert decision.is_unmeetable
     assert decision.partition == WHOLE
     decode_s = COST.decode_s(one.decode, 132) * Guard().alone_worst
     share = 1 - decode_s / decision.step_s
     one_layer = COST.prefill_s(PrefillLoad.of_chunk(2048, 0), 132) / 32 * Guard().alone_worst
     assert 0 < share <= max(MIN_PREFILL_SHARE, one_layer / (decode_s + one_layer)) + 1e-9
+
+
+def test_what_cannot_be_met_is_split_where_steps_take_no_longer_on_a_half():
+    """Long contexts: 64 SMs read them nearly as fast as all, and prefill has the others meanwhile."""
+    one, guard = load(tbt_ms=2.0), Guard(prior_mean=1.0, prior_worst=1.0)
+    forced = dispatcher([Mode.EXCLUSIVE], guard).choose(one)
+    decision = dispatcher(guard=guard).choose(one)
+    assert decision.mode is Mode.SPLIT and decision.is_unmeetable
+    assert decision.step_s <= forced.step_s
+    assert decision.prompt_tokens_per_s > 2 * forced.prompt_tokens_per_s
+    slowed = Guard(prior_mean=1.5, prior_worst=2.0)
+    assert dispatcher(guard=slowed).choose(one).mode is Mode.EXCLUSIVE
 
 
 @pytest.mark.parametrize("modes", [tuple(Mode), (Mode.FUSED,), (Mode.SPLIT, Mode.FUSED)])
