@@ -360,7 +360,7 @@ def run_traffic(machine_profile, believed_profile, num_requests=60, tbt_ms=25.0)
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_a_prior_that_is_wrong_by_two_converges_under_traffic(factor):
     truth = slowed(h200_prior(), factor)
-    cost, guard, observer = run_traffic(truth, h200_prior())
+    cost, guard, observer = run_traffic(truth, h200_prior(), tbt_ms=25.0 * max(1.0, factor))  # what it can keep
     right = CostModel(LLAMA, truth)
     for load in (DecodeLoad(8, 8000), DecodeLoad(24, 48_000)):
         cell = Cell.of(PrefillLoad(), load, 132)
