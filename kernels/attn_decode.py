@@ -23,6 +23,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attn_prefill import BLOCK_SIZE, LOG2_E, has_bulk_copies, load_tile
+from .pdl import launch_options, wait_for_inputs
 
 MAX_BATCH = 512
 PROGRAMS_PER_SM = {64: 3, 128: 2}  # by head size: what registers and shared memory hold at once
@@ -114,7 +115,7 @@ def _attn_decode_kernel(
     batch, max_blocks, qk_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     MERGE_ROWS: tl.constexpr, MERGE: tl.constexpr, MAX_BATCH: tl.constexpr, MIN_SHARE: tl.constexpr, LEAD: tl.constexpr,
-    BULK: tl.constexpr,
+    BULK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     program = tl.program_id(0)
@@ -137,6 +138,7 @@ def _attn_decode_kernel(
     request = tl.sum((ends <= first_unit).to(tl.int32), 0)
     request_start = tl.max(tl.where(ends <= first_unit, ends, 0), 0)
 
+    wait_for_inputs(PDL)
     unit = first_unit
     cut_in = -1  # the head that an earlier program began, and the programs it is spread over; cut_out: that goes on
     cut_in_first = 0
@@ -230,13 +232,16 @@ def decode_scratch_shape(num_heads, num_kv_heads, head_dim, num_sms):
     return (triton.cdiv(num_programs, 4) * 4 + 2 * num_programs * (num_heads // num_kv_heads) * (head_dim + 2),)
 
 
-def attn_decode(q, k_cache, v_cache, block_table, rows, context_lens, *, scale, out=None, scratch=None, num_sms):
+def attn_decode(
+    q, k_cache, v_cache, block_table, rows, context_lens, *, scale, out=None, scratch=None, num_sms, pdl=False
+):
     """Attention of one query per request over its whole context.
 
     q [B, H, D], B <= 512; k_cache and v_cache [N, K, 64, D]; block_table [num_rows, max_blocks], rows [B] and
     context_lens [B] (the new token counted) int32. Context 0 gives zeros; where rows[b] is -1 nothing is
     written. scratch: see `decode_scratch_shape`; each launch leaves it ready for the next. Writes and returns out
-    [B, H, D]. Reads no length on the host, so it can be captured in a CUDA graph.
+    [B, H, D]. Reads no length on the host, so it can be captured in a CUDA graph. pdl: see pdl.py: rows and lengths are
+    read before the wait.
     """
     batch, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -272,6 +277,6 @@ def attn_decode(q, k_cache, v_cache, block_table, rows, context_lens, *, scale, 
         arrivals, batch, block_table.stride(0), scale * LOG2_E,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK=BLOCK_SIZE, ROWS=16,
         MERGE_ROWS=triton.next_power_of_2(group), MERGE=MERGE, MAX_BATCH=MAX_BATCH, MIN_SHARE=MIN_SHARE, LEAD=LEAD,
-        BULK=bulk, num_warps=4, num_stages=3 if bulk else 2,
+        BULK=bulk, num_warps=4, num_stages=3 if bulk else 2, **launch_options(pdl),
     )  # fmt: skip
     return out

@@ -37,6 +37,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .pdl import launch_options, wait_for_inputs
+
 BLOCK_SIZE = 64
 LOG2_E = 1.4426950408889634
 PROGRAMS_PER_SM = 2  # what registers and shared memory hold at once
@@ -192,6 +194,7 @@ def _attn_prefill_kernel(
     num_requests, num_tiles, max_blocks, most_parts, least_keys, max_split, qk_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, SEARCH: tl.constexpr, BULK: tl.constexpr, SPLIT: tl.constexpr, PART_KEYS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TILE_QUERIES: tl.constexpr = BLOCK_M // GROUP
@@ -206,29 +209,29 @@ def _attn_prefill_kernel(
         )
         num_tiles = (tl.max(whole_ends, 0) + tl.max(split_ends, 0) * num_rounds) * KV_HEADS
 
+    wait_for_inputs(PDL)
     step = tl.program_id(0)
     while step < num_tiles:
-        taken = tl.atomic_add(tiles_taken, 1, sem="relaxed")
-        if taken == num_tiles - 1:  # one draw a tile, so this was the launch's last: ready for the next launch
-            tl.store(tiles_taken, 0)
-        next_step = tl.num_programs(0) + taken
-
         kv_head = step % KV_HEADS
         if SPLIT:  # Map: laid out again for each, since there are no registers to keep it in
             whole_ends, split_ends, _ = _lay_out(
                 query_starts, context_lens, num_requests, most_parts, least_keys, max_split, TILE_QUERIES, SEARCH,
                 PART_KEYS,
             )  # fmt: skip
-            num_split = tl.maximum(tl.max(split_ends, 0), 1)
-            tile = tl.max(whole_ends, 0) - 1 - step // KV_HEADS
-            is_split = tile < 0
-            part = tl.where(is_split, (-1 - tile) // num_split, 0)
-            tile = tl.where(is_split, (-1 - tile) % num_split, tile)
+            num_whole, num_split = tl.max(whole_ends, 0), tl.maximum(tl.max(split_ends, 0), 1)
+            tile = step // KV_HEADS
+            is_split = tile >= num_whole
+            part = tl.where(is_split, (tile - num_whole) // num_split, 0)
+            tile = tl.where(is_split, (tile - num_whole) % num_split, tile)
             ends = tl.where(is_split, split_ends, whole_ends)
             request = tl.sum((ends <= tile).to(tl.int32))
+            before, end = (
+                tl.max(tl.where(candidates < request, ends, 0)),
+                tl.max(tl.where(candidates <= request, ends, 0)),
+            )
             num_cut = tl.max(tl.where(candidates <= request, split_ends, 0))
             num_cut -= tl.max(tl.where(candidates < request, split_ends, 0))
-            own_tile = tile - tl.max(tl.where(candidates < request, ends, 0)) + tl.where(is_split, 0, num_cut)
+            own_tile = tl.where(is_split, tile - before, num_cut + end - 1 - tile)  # the longest of a request first
             first_token = tl.load(query_starts + request)
             num_queries = tl.load(query_starts + request + 1) - first_token
             num_parts = tl.minimum((tl.load(context_lens + request) - num_queries) // PART_KEYS, most_parts)
@@ -280,6 +283,7 @@ def _attn_prefill_kernel(
                 tl.maximum(num_full, first + 1), end, p, rescale, row_max, row_sum, acc, q, k_cache, v_cache, table,
                 kv_head, q_positions, qk_scale, KV_HEADS, HEAD_DIM, BLOCK, BULK, True,
             )  # fmt: skip
+            taken = tl.atomic_add(tiles_taken, 1, sem="relaxed")  # late: who works on a long tile holds back no other
             # The last block's slots past the context were never written: whatever lies there must not meet p = 0.
             last_block = tl.load(table + end - 1)
             v = load_tile(v_cache, last_block, kv_head, KV_HEADS, HEAD_DIM, BLOCK, BULK)  # [BLOCK, D]
@@ -300,7 +304,11 @@ def _attn_prefill_kernel(
                     tl.store(arrivals + slot, 0.0)  # ready for the next launch
             else:
                 tl.store(out_ptr + first_head * HEAD_DIM + offsets, acc / row_sum[:, None], mask=is_row[:, None])
-        step = next_step
+        else:
+            taken = tl.atomic_add(tiles_taken, 1, sem="relaxed")
+        if taken == num_tiles - 1:  # one draw a tile, so this was the launch's last: ready for the next launch
+            tl.store(tiles_taken, 0)
+        step = tl.num_programs(0) + taken
 
 
 # --- wrapper ---
@@ -332,7 +340,7 @@ def choose_cut(num_tiles, num_programs):
 
 def attn_prefill(
     q, k_cache, v_cache, block_table, rows, query_starts, context_lens,
-    *, max_query_len, scale, out=None, counter=None, scratch=None, num_sms,
+    *, max_query_len, scale, out=None, counter=None, scratch=None, num_sms, pdl=False,
 ):  # fmt: skip
     """Causal attention of each request's new tokens over its cached prefix and themselves.
 
@@ -344,7 +352,8 @@ def attn_prefill(
     ready for the next. When None no tile is cut, and a row's bits depend on its own query and keys alone; otherwise
     also on num_sms, on how the prompt is chunked and on what else is in the launch. The launch depends on
     shapes and num_sms only, so it can be captured in a CUDA graph; max_query_len, an upper bound of the query counts,
-    is there for callers that share one signature: tiles are counted from T and R.
+    is there for callers that share one signature: tiles are counted from T and R. pdl: see pdl.py:
+    the wait comes after lengths are read.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -378,6 +387,6 @@ def attn_prefill(
         MAX_PARTS // (most_parts * num_kv_heads), scale * LOG2_E,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK=BLOCK_SIZE, BLOCK_M=block_m,
         SEARCH=MAX_REQUESTS if is_split else 256, BULK=bulk, SPLIT=is_split, PART_KEYS=PART_BLOCKS * BLOCK_SIZE,
-        num_warps=4, num_stages=num_stages,
+        num_warps=4, num_stages=num_stages, **launch_options(pdl),
     )  # fmt: skip
     return out

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .gemm import ceil_div, descriptor
+from .pdl import launch_options, wait_for_inputs
 
 MAX_SKINNY_TOKENS = 128
 
@@ -42,11 +43,13 @@ def _skinny_kernel(
     x_desc, w_desc, bias_ptr, out_ptr,
     M, N, num_splits, blocks_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # map program
     num_tiles_m = tl.cdiv(M, BLOCK_M)
     num_tiles_n = tl.cdiv(N, BLOCK_N)
     num_units = num_splits * num_tiles_n * num_tiles_m
+    wait_for_inputs(PDL)
     for unit in tl.range(tl.program_id(0), num_units, tl.num_programs(0), flatten=True):
         row = (unit % num_tiles_m) * BLOCK_M
         column = (unit // num_tiles_m % num_tiles_n) * BLOCK_N
@@ -118,13 +121,13 @@ def num_splits(M, N, K, num_sms):
     return choose(M, N, K, num_sms)[1]
 
 
-def gemm_skinny(x, w, *, bias=None, out=None, num_sms, num_splits=None, tile=None):
+def gemm_skinny(x, w, *, bias=None, out=None, num_sms, num_splits=None, tile=None, pdl=False):
     """Split-K partials of ``x @ w.T (+ bias)``: fp32 [S, M, N], whose sum over S is the product.
 
     x [M, K] and w [N, K] of one dtype (bf16 or fp16 on a GPU); bias [N]; out [S, M, N] fp32, contiguous. Any M >= 1,
     made for M <= MAX_SKINNY_TOKENS; N and K multiples of 16; rows contiguous and 16-byte aligned (else ValueError).
     num_sms: SM count of the stream's partition. num_splits: S, else the function of that name decides (1 for logits).
-    tile: override of the choice, for tuning.
+    tile: override of the choice, for tuning. pdl: see pdl.py.
     """
     M, K = x.shape
     N = w.shape[0]
@@ -141,5 +144,6 @@ def gemm_skinny(x, w, *, bias=None, out=None, num_sms, num_splits=None, tile=Non
         descriptor(x, block_m, block_k), descriptor(w, block_n, block_k), bias, out,
         M, N, splits, ceil_div(ceil_div(K, block_k), splits),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
+        **launch_options(pdl),
     )  # fmt: skip
     return out

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .pdl import launch_options, wait_for_inputs
+
 MAX_WIDTH = 8192  # the row must fit into the registers of one program
 
 
@@ -53,12 +55,13 @@ def _normalise(row, weight, eps, C: tl.constexpr, dtype: tl.constexpr):
 def _rmsnorm_kernel(
     x_ptr, weight_ptr, out_ptr,
     num_tokens, eps,
-    C: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # map program -> rows; the weight is read once
     columns = tl.arange(0, BLOCK_C)
     inside = columns < C
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    wait_for_inputs(PDL)
     for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
         # load
         row = tl.load(x_ptr + token * C + columns, mask=inside, other=0.0).to(tl.float32)
@@ -71,12 +74,13 @@ def _rmsnorm_kernel(
 def _add_rmsnorm_kernel(
     partials_ptr, residual_ptr, weight_ptr, out_ptr,
     num_tokens, eps,
-    NUM_PARTIALS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # map program -> rows; the weight is read once
     columns = tl.arange(0, BLOCK_C)
     inside = columns < C
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    wait_for_inputs(PDL)
     for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
         # load: the loop over partials unrolls, so their loads are all in flight at once
         offsets = token * C + columns
@@ -100,7 +104,7 @@ def _launch_shape(num_tokens: int, width: int, num_sms: int) -> tuple[int, int, 
 
 
 def rmsnorm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None, num_sms: int
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None, num_sms: int, pdl=False
 ) -> torch.Tensor:
     """RMSNorm of each row: x [T, C], weight [C] -> [T, C] in x's dtype. Tensors contiguous; C <= 8192, T * C < 2^31."""
     num_tokens, width = x.shape
@@ -108,19 +112,21 @@ def rmsnorm(
     assert x.is_contiguous() and out.is_contiguous() and weight.shape == (width,) and out.shape == x.shape
     if num_tokens > 0:
         programs, block, warps = _launch_shape(num_tokens, width, num_sms)
-        _rmsnorm_kernel[(programs,)](x, weight, out, num_tokens, eps, C=width, BLOCK_C=block, num_warps=warps)
+        _rmsnorm_kernel[(programs,)](
+            x, weight, out, num_tokens, eps, C=width, BLOCK_C=block, num_warps=warps, **launch_options(pdl)
+        )
     return out
 
 
 def add_rmsnorm(
     partials: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
-    *, out: torch.Tensor | None = None, num_sms: int,
+    *, out: torch.Tensor | None = None, num_sms: int, pdl=False,
 ) -> torch.Tensor:  # fmt: skip
     """Residual addition, then RMSNorm.
 
     partials [S, T, C] (fp32 split-K results, or one bf16 result as S = 1), residual [T, C], weight [C] -> [T, C] in
     residual's dtype. ``residual`` becomes residual + sum of partials, rounded once to its own dtype; the norm is taken
-    of the rounded value. Tensors contiguous; C <= 8192, S * T * C < 2^31.
+    of the rounded value. Tensors contiguous; C <= 8192, S * T * C < 2^31. pdl: see pdl.py.
     """
     num_partials, num_tokens, width = partials.shape
     out = torch.empty_like(residual) if out is None else out
@@ -131,6 +137,6 @@ def add_rmsnorm(
         _add_rmsnorm_kernel[(programs,)](
             partials, residual, weight, out,
             num_tokens, eps,
-            NUM_PARTIALS=num_partials, C=width, BLOCK_C=block, num_warps=warps,
+            NUM_PARTIALS=num_partials, C=width, BLOCK_C=block, num_warps=warps, **launch_options(pdl),
         )  # fmt: skip
     return out

@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .pdl import launch_options, wait_for_inputs
+
 BLOCK_SIZE = 64  # tokens per cache block, as everywhere in the engine
 
 
@@ -67,7 +69,7 @@ def _rope_kv_write_kernel(
     num_tokens, eps,
     stride_table,
     NUM_PARTIALS: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
     WIDTH: tl.constexpr = (H + 2 * K) * D
@@ -78,7 +80,13 @@ def _rope_kv_write_kernel(
         # map step -> token, heads
         token = step // NUM_TILES
         heads = (step % NUM_TILES) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
-        # load: both halves of every head, partials summed in order
+        # load: where the token goes; then both halves of every head, partials summed in order
+        row = tl.load(rows_ptr + token)
+        position = tl.where(row >= 0, tl.load(positions_ptr + token), 0)
+        cos = tl.load(cos_sin_ptr + position * D + dims)
+        sin = tl.load(cos_sin_ptr + position * D + HALF + dims)
+        block = tl.load(block_table_ptr + tl.maximum(row, 0) * stride_table + position // BLOCK_SIZE).to(tl.int64)
+        wait_for_inputs(PDL)
         inside = (heads < H + 2 * K) & (dims < HALF)
         offsets = token * WIDTH + heads * D + dims
         first = tl.load(qkv_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -87,11 +95,6 @@ def _rope_kv_write_kernel(
             partial_ptr = qkv_ptr + s * num_tokens * WIDTH
             first += tl.load(partial_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
             second += tl.load(partial_ptr + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
-        row = tl.load(rows_ptr + token)
-        position = tl.where(row >= 0, tl.load(positions_ptr + token), 0)
-        cos = tl.load(cos_sin_ptr + position * D + dims)
-        sin = tl.load(cos_sin_ptr + position * D + HALF + dims)
-        block = tl.load(block_table_ptr + tl.maximum(row, 0) * stride_table + position // BLOCK_SIZE).to(tl.int64)
         # padding is not branched around, so that all loads start at once: its heads go nowhere instead
         heads = tl.where(row >= 0, heads, H + 2 * K)
         is_query = heads < H
@@ -128,14 +131,15 @@ def rope_kv_write(
     qkv: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, block_table: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor,
     *, num_heads: int, num_kv_heads: int, q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None,
-    eps: float = 0.0, out: torch.Tensor | None = None, num_sms: int,
+    eps: float = 0.0, out: torch.Tensor | None = None, num_sms: int, pdl=False,
 ) -> torch.Tensor:  # fmt: skip
     """Rotate q and k, store k and v in the cache.
 
     qkv [S, T, (H + 2K) D] (fp32 partials, or one result of any dtype), cos_sin [max_positions, D] fp32 (first half cos,
     second half sin), positions [T], rows [T] and block_table [num_rows, max_blocks] int32, k_cache and v_cache
     [N, K, 64, D] (written), q_norm and k_norm [D] both or neither -> q [T, H, D] in the cache's dtype. D is a power of
-    two. Tokens of row -1 leave ``out`` and the caches untouched.
+    two. Tokens of row -1 leave ``out`` and the caches untouched. pdl: see pdl.py: the wait comes
+    after positions, rows and the table are read.
     """
     num_partials, num_tokens, width = qkv.shape
     head_dim = k_cache.shape[-1]
@@ -152,6 +156,6 @@ def rope_kv_write(
             num_tokens, eps,
             block_table.stride(0),
             NUM_PARTIALS=num_partials, H=num_heads, K=num_kv_heads, D=head_dim, BLOCK_SIZE=BLOCK_SIZE,
-            BLOCK_HEADS=block_heads, HAS_NORM=q_norm is not None, num_warps=4,
+            BLOCK_HEADS=block_heads, HAS_NORM=q_norm is not None, num_warps=4, **launch_options(pdl),
         )  # fmt: skip
     return out

@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gemm import GROUP_M, Tile, _map_tile, ceil_div, choose_tile, descriptor
 from .gemm_skinny import SkinnyTile
+from .pdl import launch_options, wait_for_inputs
 
 
 def gemm_swiglu_reference(x, w, *, out=None, deterministic=False):
@@ -41,11 +42,13 @@ def _swiglu_kernel(
     x_desc, w_desc, out_desc,
     M, width, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # map program
     num_tiles_m = tl.cdiv(M, BLOCK_M)
     num_tiles_n = tl.cdiv(width, BLOCK_N)
     num_blocks_k = tl.cdiv(K, BLOCK_K)
+    wait_for_inputs(PDL)
     for tile in tl.range(tl.program_id(0), num_tiles_m * num_tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = _map_tile(tile, num_tiles_m, num_tiles_n, GROUP_M)
         row = tile_m * BLOCK_M
@@ -70,11 +73,13 @@ def _swiglu_skinny_kernel(
     M, width, K,
     out_stride_m,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # map program
     num_tiles_m = tl.cdiv(M, BLOCK_M)
     num_tiles_n = tl.cdiv(width, BLOCK_N)
     num_blocks_k = tl.cdiv(K, BLOCK_K)
+    wait_for_inputs(PDL)
     # two accumulators, so not flattened: see above
     for unit in range(tl.program_id(0), num_tiles_m * num_tiles_n, tl.num_programs(0)):
         row = (unit % num_tiles_m) * BLOCK_M
@@ -136,14 +141,14 @@ def _pair_descriptor(w, block_rows, block_columns):
     return TensorDescriptor(w, shape, strides, [2, block_rows, block_columns])
 
 
-def gemm_swiglu(x, w, *, out=None, num_sms, deterministic=False, tile=None):
+def gemm_swiglu(x, w, *, out=None, num_sms, deterministic=False, tile=None, pdl=False):
     """``silu(x @ gate.T) * (x @ up.T)`` -> [M, I], fp32 sums, rounded once.
 
     x [M, K]; w [2I, K], I gate rows, then I up rows; out [M, I]; all of one dtype (bf16 or fp16 on a GPU: the rings of
     the tiles leave no room to stage wider results). Any M >= 1; I and K multiples of 16; rows contiguous and 16-byte
     aligned (else ValueError). num_sms: SM count of the stream's partition. deterministic: the persistent kernel with
     one tile shape whatever M and num_sms.
-    tile: a Tile (persistent) or SkinnyTile to use instead of the choice by M, for tuning and warm-up.
+    tile: a Tile (persistent) or SkinnyTile to use instead of the choice by M, for tuning and warm-up. pdl: see pdl.py.
     """
     M, K = x.shape
     width = w.shape[0] // 2
@@ -160,7 +165,7 @@ def gemm_swiglu(x, w, *, out=None, num_sms, deterministic=False, tile=None):
             M, width, K,
             out.stride(0),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            num_stages=tile.num_stages, **launch_options(pdl),
         )  # fmt: skip
     else:
         _swiglu_kernel[grid](
@@ -168,6 +173,6 @@ def gemm_swiglu(x, w, *, out=None, num_sms, deterministic=False, tile=None):
             descriptor(out, tile.block_m, tile.block_n),
             M, width, K,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M, num_warps=tile.num_warps,
-            num_stages=tile.max_stages,
+            num_stages=tile.max_stages, **launch_options(pdl),
         )  # fmt: skip
     return out

@@ -27,6 +27,11 @@ from nanodrift.kernels import swiglu as swiglus
 MAX_SKINNY_TOKENS = skinny_gemms.MAX_SKINNY_TOKENS
 num_splits = skinny_gemms.num_splits  # (T, width, depth, num_sms) -> S of a [T, depth] x [width, depth] product
 IN_PROMPT = penalties.IN_PROMPT
+# kernels of a layer that may start under the one before them, beside skinny products and what adds them up
+_OVERLAPPING = (
+    gemms.gemm, swiglus.gemm_swiglu, norms.rmsnorm, ropes.rope_kv_write, decode_attention.attn_decode,
+    prefill_attention.attn_prefill,
+)  # fmt: skip
 
 
 class Scratch:
@@ -46,6 +51,7 @@ class LaneResources:
     deterministic: bool = False  # one tile shape and no splits: a token's bits depend on its own inputs alone
     scratch: Scratch | None = None  # None: allocate as needed (the CPU, tests)
     use_triton: bool | None = None  # None: on a GPU. Tests set True to run kernels in Triton's interpreter
+    pdl: bool = False  # whether kernels start under the one before them; see kernels/pdl.py
     halves: tuple[tuple[torch.cuda.Stream, LaneResources], ...] = ()  # of the device; () = what is here runs in turn
 
     def take(self, name: str, shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype | None = None):
@@ -95,7 +101,7 @@ def linear_add_norm(x, w, residual, norm_weight, eps, out, lane):
     """Project, add to the residual stream, normalise: residual [T, C] += x [T, N] @ w [C, N].T; out = its RMSNorm."""
     if lane.runs_triton(x) and lane.is_skinny(x.shape[0]):
         partials = _skinny_partials(x, w, None, lane)  # [S, T, C]
-        return norms.add_rmsnorm(partials, residual, norm_weight, eps, out=out, num_sms=lane.num_sms)
+        return norms.add_rmsnorm(partials, residual, norm_weight, eps, out=out, num_sms=lane.num_sms, pdl=lane.pdl)
     _gemm(x, w, None, residual, residual, lane)
     return rmsnorm(residual, norm_weight, eps, out, lane)
 
@@ -106,7 +112,7 @@ def logits(x, w, out, lane):
         padded = torch.empty(x.shape[0], w.shape[0], dtype=out.dtype, device=out.device)
         return out.copy_(logits(x, w, padded, lane)[:, : out.shape[1]])
     if lane.runs_triton(x) and lane.is_skinny(x.shape[0]):
-        skinny_gemms.gemm_skinny(x, w, out=out.unsqueeze(0), num_sms=lane.num_sms, num_splits=1)
+        skinny_gemms.gemm_skinny(x, w, out=out.unsqueeze(0), num_sms=lane.num_sms, num_splits=1, pdl=lane.pdl)
         return out
     return _gemm(x, w, None, None, out, lane)
 
@@ -176,6 +182,8 @@ def ban_tokens(logits, rows, positions, banned, min_position, lane):
 def _run(lane, kernel, reference, x, *args, **options):
     """The Triton kernel on the lane's SMs where x lies on a GPU, else the reference."""
     if lane.runs_triton(x):
+        if kernel in _OVERLAPPING:
+            options["pdl"] = lane.pdl
         return kernel(x, *args, num_sms=lane.num_sms, **options)
     return reference(x, *args, **options)
 
@@ -189,7 +197,7 @@ def _skinny_partials(x, w, bias, lane):
     num_tokens, width = x.shape[0], w.shape[0]
     splits = num_splits(num_tokens, width, x.shape[1], lane.num_sms)
     out = lane.take("partials", (splits, num_tokens, width), x, torch.float32)  # [S, T, N]
-    return skinny_gemms.gemm_skinny(x, w, bias=bias, out=out, num_sms=lane.num_sms, num_splits=splits)
+    return skinny_gemms.gemm_skinny(x, w, bias=bias, out=out, num_sms=lane.num_sms, num_splits=splits, pdl=lane.pdl)
 
 
 def prefill_scratch_elements(head_dim: int) -> int:

@@ -35,6 +35,7 @@ COLD_STACK = {"attn_prefill in parts": 128}
 
 # What a kernel's sm_90 PTX must contain: the tensor cores' warpgroup instruction, the bulk tensor copy.
 WGMMA, TMA = "wgmma.mma_async", "cp.async.bulk.tensor"
+OVERLAP = ("griddepcontrol.wait", "griddepcontrol.launch_dependents")  # of cases whose name says pdl, and of no others
 MUST_CONTAIN = {
     "_gemm_kernel": (WGMMA, TMA),
     "_skinny_kernel": (WGMMA, TMA),
@@ -68,31 +69,31 @@ def launches(num_sms: int, every: bool):
     def ints(*shape):
         return torch.zeros(shape, dtype=int32)
 
-    def norm_case(num_tokens, width, num_partials=None, partial=wide):
+    def norm_case(num_tokens, width, num_partials=None, partial=wide, pdl=False):
+        rows, weight, options = half(num_tokens, width), half(width), {"num_sms": num_sms, "pdl": pdl}
         if num_partials is None:
-            return lambda: rmsnorm.rmsnorm(half(num_tokens, width), half(width), 1e-5, num_sms=num_sms)
-        return lambda: rmsnorm.add_rmsnorm(
-            partial(num_partials, num_tokens, width), half(num_tokens, width), half(width), 1e-5, num_sms=num_sms
-        )
+            return lambda: rmsnorm.rmsnorm(rows, weight, 1e-5, **options)
+        return lambda: rmsnorm.add_rmsnorm(partial(num_partials, num_tokens, width), rows, weight, 1e-5, **options)
 
-    def rope_case(partials, heads, kv_heads, head_dim, norm=False):
+    def rope_case(partials, heads, kv_heads, head_dim, norm=False, pdl=False):
         cache = half(8, kv_heads, 64, head_dim)
         weight = half(head_dim) if norm else None
         return lambda: rope.rope_kv_write(
             partials((heads + 2 * kv_heads) * head_dim), wide(128, head_dim), ints(4), ints(4), ints(4, 32), cache,
-            cache, num_heads=heads, num_kv_heads=kv_heads, q_norm=weight, k_norm=weight, num_sms=num_sms,
+            cache, num_heads=heads, num_kv_heads=kv_heads, q_norm=weight, k_norm=weight, num_sms=num_sms, pdl=pdl,
         )  # fmt: skip
 
-    def attention_case(which, heads, kv_heads, head_dim):
+    def attention_case(which, heads, kv_heads, head_dim, pdl=False):
         cache, scale = half(8, kv_heads, 64, head_dim), 0.1
         if which == "decode":
             return lambda: attn_decode.attn_decode(
-                half(4, heads, head_dim), cache, cache, ints(4, 32), ints(4), ints(4), scale=scale, num_sms=num_sms
-            )
+                half(4, heads, head_dim), cache, cache, ints(4, 32), ints(4), ints(4), scale=scale, num_sms=num_sms,
+                pdl=pdl,
+            )  # fmt: skip
         scratch = wide(*attn_prefill.prefill_scratch_shape(head_dim)) if which == "prefill in parts" else None
         return lambda: attn_prefill.attn_prefill(
             half(512, heads, head_dim), cache, cache, ints(4, 32), ints(1), ints(2), ints(1),
-            max_query_len=512, scale=scale, scratch=scratch, num_sms=num_sms,
+            max_query_len=512, scale=scale, scratch=scratch, num_sms=num_sms, pdl=pdl,
         )  # fmt: skip
 
     rows, table = ints(4), wide(4)
@@ -126,6 +127,18 @@ def launches(num_sms: int, every: bool):
         ("ban_tokens", ban_case),
         ("penalize V=128256", penalize_case),
     ]
+    cases += [
+        ("pdl rmsnorm C=4096", norm_case(4, 4096, pdl=True)),
+        ("pdl add_rmsnorm C=4096 S=4", norm_case(4, 4096, 4, pdl=True)),
+        ("pdl rope S=4 H=32", rope_case(lambda width: wide(4, 4, width), 32, 8, 128, pdl=True)),
+        ("pdl attn_decode H=32 K=8", attention_case("decode", 32, 8, 128, True)),
+        ("pdl attn_prefill in parts", attention_case("prefill in parts", 32, 8, 128, True)),
+    ]
+    products = (("skinny", gemm_skinny.gemm_skinny, (16,)), ("swiglu", swiglu.gemm_swiglu, (16, 300)))
+    for name, run, sizes in (*products, ("", gemm.gemm, (300,))):
+        for num_rows in sizes:
+            x, w = half(num_rows, 4096), half(6144, 4096)
+            cases.append((f"pdl gemm_{name} M={num_rows}", functools.partial(run, x, w, num_sms=num_sms, pdl=True)))
     if not every:
         return cases
     for width in (2048, 3584, 5120, 8192):  # Llama-3.2-1B, Qwen2.5-7B, Qwen3-14B, the widest
@@ -241,7 +254,7 @@ def compile_all(arch: int, every: bool) -> dict:
         except Exception as error:
             compiled.append({**record, "error": f"{type(error).__name__}: {error}"[:400]})
         for kernel in launched:
-            found = [name for name in (WGMMA, TMA) if name in kernel.asm["ptx"]]
+            found = [name for name in (WGMMA, TMA, *OVERLAP) if name in kernel.asm["ptx"]]
             record = {"case": case, "kernel": kernel.metadata.name, "shared_bytes": kernel.metadata.shared}
             compiled.append({**record, "found": found, **resources(kernel.asm["cubin"], tools)})
     modules = [module for name, module in sys.modules.items() if name.startswith("nanodrift.kernels.")]
@@ -290,7 +303,7 @@ def complaints(result: dict, arch: int) -> list[str]:
         if "error" in record:
             wrong.append(f"{name}: {record['error']}")
             continue
-        allowed = max((size for case, size in COLD_STACK.items() if record["case"].startswith(case)), default=0)
+        allowed = max((size for case, size in COLD_STACK.items() if case in record["case"]), default=0)
         is_spilling = record["stack_bytes"] > allowed or record["local_bytes"] or record.get("hot_spills")
         if arch == TUNED_FOR and is_spilling:
             wrong.append(f"{name}: spills, {record['stack_bytes']} bytes of stack, {record['local_bytes']} local")
@@ -299,6 +312,8 @@ def complaints(result: dict, arch: int) -> list[str]:
         if arch == TUNED_FOR:
             missing = [text for text in MUST_CONTAIN.get(record["kernel"], ()) if text not in record["found"]]
             wrong.extend(f"{name}: no {text}" for text in missing)
+            is_pdl = record["case"].startswith("pdl")
+            wrong.extend(f"{name}: {text}: {not is_pdl}" for text in OVERLAP if (text in record["found"]) != is_pdl)
     seen = {record["kernel"] for record in result["compiled"]}
     wrong.extend(f"{kernel}: not in launches()" for kernel in result["kernels"] if kernel not in seen)
     return wrong
@@ -315,11 +330,12 @@ def test_the_reader_of_binaries_sees_spills_and_missing_instructions():
     good |= {"stack_bytes": 0, "local_bytes": 0}
     result = {"triton": "0", "kernels": ["_gemm_kernel", "_new_kernel"], "compiled": [good]}
     assert complaints(result, 90) == ["_new_kernel: not in launches()"]
-    bad = [good | {"stack_bytes": 8}, good | {"shared_bytes": 232_449}, good | {"found": [TMA]}]
+    bad = [good | {"case": "pdl"}, good | {"found": [WGMMA, TMA, *OVERLAP]}]
+    bad += [good | {"stack_bytes": 8}, good | {"shared_bytes": 232_449}, good | {"found": [TMA]}]
     cold = good | {"case": "attn_prefill in parts", "stack_bytes": 48}
     bad += [cold | {"hot_spills": 1}, cold | {"stack_bytes": 200}]
     result = {"triton": "0", "kernels": ["_gemm_kernel"], "compiled": [*bad, cold]}
-    assert len(complaints(result, 90)) == 5
+    assert len(complaints(result, 90)) == 9
 
 
 def test_the_reader_of_machine_code_tells_inner_loops_from_the_rest():

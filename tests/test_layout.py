@@ -252,7 +252,8 @@ def test_no_file_outgrows_a_sitting(path):
 def test_the_engine_stays_readable_in_an_afternoon():
     """The front end, the benches and the making of the embedded model (data, with its recipe) are not the engine.
 
-    5,000 lines were meant; penalties, logprobs of prompts, two open chunks and padding are in what is beyond.
+    5,000 lines were meant; penalties, logprobs of prompts, two open chunks, padding and kernels that overlap are in
+    what is beyond.
     """
     others = {"server", "bench", "embedded"}
     core = {path: lines for path, lines in CODE_LINES.items()
@@ -260,7 +261,7 @@ def test_the_engine_stays_readable_in_an_afternoon():
     policy = sum(lines for path, lines in core.items() if path.name in ("scheduler.py", "dispatch.py"))
     print(f"code lines: scheduler + dispatch {policy}, nanodrift + kernels {sum(core.values())}")
     assert policy <= 550
-    assert sum(core.values()) <= 5497
+    assert sum(core.values()) <= 5544
 
 
 # --- what runs without what ------------------------------------------------------------------------------------------
