@@ -8,8 +8,8 @@ and KV head, nearly always out of L2, because the heads that read the same block
 Program to tile: a tile is one KV head and BLOCK_M // G consecutive queries of one request, all G query heads of the
 group packed into its rows, so K and V are read once per group. It walks the request's blocks from 0 up, one block (64
 tokens, one table entry) a step: first the blocks that every row sees whole, then those that need the causal mask. The
-softmax runs online, in fp32, in powers of two. num_sms * PROGRAMS_PER_SM programs draw tiles from a counter,
-the longest of a request first; two small programs on an SM hide each other's waits better than one of twice the size.
+softmax runs online, in fp32, in powers of two. num_sms * PROGRAMS_PER_SM programs draw tiles from a counter, each when
+it has finished one, the longest of a request first; two small programs on an SM hide each other's waits better than one of twice the size.
 
 Few tiles, each over a long context, would fill a last round of programs in part: 256 tiles take as long on 200 programs
 as 400. So, given scratch, a launch of at most MAX_TILES tiles may cut them along the keys. `choose_cut` says into how
@@ -36,8 +36,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-from .pdl import launch_options, wait_for_inputs
 
 BLOCK_SIZE = 64
 LOG2_E = 1.4426950408889634
@@ -194,7 +192,6 @@ def _attn_prefill_kernel(
     num_requests, num_tiles, max_blocks, most_parts, least_keys, max_split, qk_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, SEARCH: tl.constexpr, BULK: tl.constexpr, SPLIT: tl.constexpr, PART_KEYS: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TILE_QUERIES: tl.constexpr = BLOCK_M // GROUP
@@ -209,7 +206,6 @@ def _attn_prefill_kernel(
         )
         num_tiles = (tl.max(whole_ends, 0) + tl.max(split_ends, 0) * num_rounds) * KV_HEADS
 
-    wait_for_inputs(PDL)
     step = tl.program_id(0)
     while step < num_tiles:
         kv_head = step % KV_HEADS
@@ -225,13 +221,11 @@ def _attn_prefill_kernel(
             tile = tl.where(is_split, (tile - num_whole) % num_split, tile)
             ends = tl.where(is_split, split_ends, whole_ends)
             request = tl.sum((ends <= tile).to(tl.int32))
-            before, end = (
-                tl.max(tl.where(candidates < request, ends, 0)),
-                tl.max(tl.where(candidates <= request, ends, 0)),
-            )
+            before = tl.max(tl.where(candidates < request, ends, 0))
+            after = tl.max(tl.where(candidates <= request, ends, 0))
             num_cut = tl.max(tl.where(candidates <= request, split_ends, 0))
             num_cut -= tl.max(tl.where(candidates < request, split_ends, 0))
-            own_tile = tl.where(is_split, tile - before, num_cut + end - 1 - tile)  # the longest of a request first
+            own_tile = tl.where(is_split, tile - before, num_cut + after - 1 - tile)  # the longest of a request first
             first_token = tl.load(query_starts + request)
             num_queries = tl.load(query_starts + request + 1) - first_token
             num_parts = tl.minimum((tl.load(context_lens + request) - num_queries) // PART_KEYS, most_parts)
@@ -340,7 +334,7 @@ def choose_cut(num_tiles, num_programs):
 
 def attn_prefill(
     q, k_cache, v_cache, block_table, rows, query_starts, context_lens,
-    *, max_query_len, scale, out=None, counter=None, scratch=None, num_sms, pdl=False,
+    *, max_query_len, scale, out=None, counter=None, scratch=None, num_sms,
 ):  # fmt: skip
     """Causal attention of each request's new tokens over its cached prefix and themselves.
 
@@ -352,8 +346,7 @@ def attn_prefill(
     ready for the next. When None no tile is cut, and a row's bits depend on its own query and keys alone; otherwise
     also on num_sms, on how the prompt is chunked and on what else is in the launch. The launch depends on
     shapes and num_sms only, so it can be captured in a CUDA graph; max_query_len, an upper bound of the query counts,
-    is there for callers that share one signature: tiles are counted from T and R. pdl: see pdl.py:
-    the wait comes after lengths are read.
+    is there for callers that share one signature: tiles are counted from T and R.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -387,6 +380,6 @@ def attn_prefill(
         MAX_PARTS // (most_parts * num_kv_heads), scale * LOG2_E,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK=BLOCK_SIZE, BLOCK_M=block_m,
         SEARCH=MAX_REQUESTS if is_split else 256, BULK=bulk, SPLIT=is_split, PART_KEYS=PART_BLOCKS * BLOCK_SIZE,
-        num_warps=4, num_stages=num_stages, **launch_options(pdl),
+        num_warps=4, num_stages=num_stages,
     )  # fmt: skip
     return out

@@ -20,8 +20,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .pdl import launch_options, wait_for_inputs
-
 
 def gemm_reference(x, w, *, bias=None, residual=None, out=None, deterministic=False):
     """``x [M, K] @ w.T [K, N] (+ bias [N]) (+ residual [M, N])`` in fp32, rounded once to out's dtype (x's)."""
@@ -58,13 +56,12 @@ def _gemm_kernel(
     x_desc, w_desc, w_tail_desc, out_desc, residual_desc, bias_ptr,
     M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, STORE_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, PDL: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # map program: this program's share of the tiles, BLOCK_N + TAIL_N columns wide
     num_tiles_m = tl.cdiv(M, BLOCK_M)
     num_tiles_n = tl.cdiv(N, BLOCK_N + TAIL_N)
     num_blocks_k = tl.cdiv(K, BLOCK_K)
-    wait_for_inputs(PDL)
     # flatten joins the tile loop and the k loop, so the next tile's loads run under this tile's epilogue. With a second
     # accumulator it must be off: clearing two of them in one loop makes the compiler wait for every single wgmma.
     for tile in tl.range(tl.program_id(0), num_tiles_m * num_tiles_n, tl.num_programs(0), flatten=TAIL_N == 0):
@@ -154,14 +151,14 @@ def descriptor(tensor, block_rows, block_columns):
     return TensorDescriptor(tensor, [num_rows, num_columns], [row_stride, 1], [block_rows, block_columns])
 
 
-def gemm(x, w, *, bias=None, residual=None, out=None, num_sms, deterministic=False, tile=None, pdl=False):
+def gemm(x, w, *, bias=None, residual=None, out=None, num_sms, deterministic=False, tile=None):
     """``out = x @ w.T (+ bias) (+ residual)``, fp32 sums, rounded once.
 
     x [M, K] and w [N, K] of one dtype (bf16 or fp16 on a GPU); bias [N]; residual [M, N], may be the same memory as
     out; out [M, N] of any float dtype, x's when it is allocated here. Any M >= 1; N and K multiples of 16; rows
     contiguous and 16-byte aligned (ValueError otherwise). num_sms: programs to run at most, the SM count of the
     stream's partition. deterministic: one tile shape whatever M and num_sms, so a row's bits depend on that
-    row alone. tile: override of the choice, for tuning and warm-up. pdl: see pdl.py.
+    row alone. tile: override of the choice, for tuning and warm-up.
     """
     M, K = x.shape
     N = w.shape[0]
@@ -186,6 +183,6 @@ def gemm(x, w, *, bias=None, residual=None, out=None, num_sms, deterministic=Fal
         None if residual is None else descriptor(residual, block_m, store_n), bias,
         M, N, K,
         BLOCK_M=block_m, BLOCK_N=main_n, TAIL_N=tail_n, STORE_N=store_n, BLOCK_K=block_k, GROUP_M=GROUP_M,
-        num_warps=num_warps, num_stages=num_stages, **launch_options(pdl),
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out

@@ -42,13 +42,11 @@ def _swiglu_kernel(
     x_desc, w_desc, out_desc,
     M, width, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     # map program
     num_tiles_m = tl.cdiv(M, BLOCK_M)
     num_tiles_n = tl.cdiv(width, BLOCK_N)
     num_blocks_k = tl.cdiv(K, BLOCK_K)
-    wait_for_inputs(PDL)
     for tile in tl.range(tl.program_id(0), num_tiles_m * num_tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = _map_tile(tile, num_tiles_m, num_tiles_n, GROUP_M)
         row = tile_m * BLOCK_M
@@ -148,7 +146,8 @@ def gemm_swiglu(x, w, *, out=None, num_sms, deterministic=False, tile=None, pdl=
     the tiles leave no room to stage wider results). Any M >= 1; I and K multiples of 16; rows contiguous and 16-byte
     aligned (else ValueError). num_sms: SM count of the stream's partition. deterministic: the persistent kernel with
     one tile shape whatever M and num_sms.
-    tile: a Tile (persistent) or SkinnyTile to use instead of the choice by M, for tuning and warm-up. pdl: see pdl.py.
+    tile: a Tile (persistent) or SkinnyTile to use instead of the choice by M, for tuning and warm-up. pdl: see pdl.py;
+    it says nothing to the persistent kernel.
     """
     M, K = x.shape
     width = w.shape[0] // 2
@@ -173,6 +172,6 @@ def gemm_swiglu(x, w, *, out=None, num_sms, deterministic=False, tile=None, pdl=
             descriptor(out, tile.block_m, tile.block_n),
             M, width, K,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M, num_warps=tile.num_warps,
-            num_stages=tile.max_stages, **launch_options(pdl),
+            num_stages=tile.max_stages,
         )  # fmt: skip
     return out

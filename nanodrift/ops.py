@@ -27,11 +27,8 @@ from nanodrift.kernels import swiglu as swiglus
 MAX_SKINNY_TOKENS = skinny_gemms.MAX_SKINNY_TOKENS
 num_splits = skinny_gemms.num_splits  # (T, width, depth, num_sms) -> S of a [T, depth] x [width, depth] product
 IN_PROMPT = penalties.IN_PROMPT
-# kernels of a layer that may start under the one before them, beside skinny products and what adds them up
-_OVERLAPPING = (
-    gemms.gemm, swiglus.gemm_swiglu, norms.rmsnorm, ropes.rope_kv_write, decode_attention.attn_decode,
-    prefill_attention.attn_prefill,
-)  # fmt: skip
+# kernels of a decode step that may start under the one before them, beside skinny products and what adds them up
+_OVERLAPPING = (norms.rmsnorm, ropes.rope_kv_write, decode_attention.attn_decode, swiglus.gemm_swiglu)
 
 
 class Scratch:

@@ -93,7 +93,7 @@ def launches(num_sms: int, every: bool):
         scratch = wide(*attn_prefill.prefill_scratch_shape(head_dim)) if which == "prefill in parts" else None
         return lambda: attn_prefill.attn_prefill(
             half(512, heads, head_dim), cache, cache, ints(4, 32), ints(1), ints(2), ints(1),
-            max_query_len=512, scale=scale, scratch=scratch, num_sms=num_sms, pdl=pdl,
+            max_query_len=512, scale=scale, scratch=scratch, num_sms=num_sms,
         )  # fmt: skip
 
     rows, table = ints(4), wide(4)
@@ -132,13 +132,10 @@ def launches(num_sms: int, every: bool):
         ("pdl add_rmsnorm C=4096 S=4", norm_case(4, 4096, 4, pdl=True)),
         ("pdl rope S=4 H=32", rope_case(lambda width: wide(4, 4, width), 32, 8, 128, pdl=True)),
         ("pdl attn_decode H=32 K=8", attention_case("decode", 32, 8, 128, True)),
-        ("pdl attn_prefill in parts", attention_case("prefill in parts", 32, 8, 128, True)),
     ]
-    products = (("skinny", gemm_skinny.gemm_skinny, (16,)), ("swiglu", swiglu.gemm_swiglu, (16, 300)))
-    for name, run, sizes in (*products, ("", gemm.gemm, (300,))):
-        for num_rows in sizes:
-            x, w = half(num_rows, 4096), half(6144, 4096)
-            cases.append((f"pdl gemm_{name} M={num_rows}", functools.partial(run, x, w, num_sms=num_sms, pdl=True)))
+    for name, run in (("skinny", gemm_skinny.gemm_skinny), ("swiglu", swiglu.gemm_swiglu)):
+        x, w = half(16, 4096), half(6144, 4096)
+        cases.append((f"pdl gemm_{name} M=16", functools.partial(run, x, w, num_sms=num_sms, pdl=True)))
     if not every:
         return cases
     for width in (2048, 3584, 5120, 8192):  # Llama-3.2-1B, Qwen2.5-7B, Qwen3-14B, the widest
@@ -303,7 +300,7 @@ def complaints(result: dict, arch: int) -> list[str]:
         if "error" in record:
             wrong.append(f"{name}: {record['error']}")
             continue
-        allowed = max((size for case, size in COLD_STACK.items() if case in record["case"]), default=0)
+        allowed = max((size for case, size in COLD_STACK.items() if record["case"].startswith(case)), default=0)
         is_spilling = record["stack_bytes"] > allowed or record["local_bytes"] or record.get("hot_spills")
         if arch == TUNED_FOR and is_spilling:
             wrong.append(f"{name}: spills, {record['stack_bytes']} bytes of stack, {record['local_bytes']} local")
