@@ -9,7 +9,8 @@ Program to tile: a tile is one KV head and BLOCK_M // G consecutive queries of o
 group packed into its rows, so K and V are read once per group. It walks the request's blocks from 0 up, one block (64
 tokens, one table entry) a step: first the blocks that every row sees whole, then those that need the causal mask. The
 softmax runs online, in fp32, in powers of two. num_sms * PROGRAMS_PER_SM programs draw tiles from a counter, each when
-it has finished one, the longest of a request first; two small programs on an SM hide each other's waits better than one of twice the size.
+it has finished one, the longest of a request first; two small programs on an SM hide each other's waits better than one
+of twice the size.
 
 Few tiles, each over a long context, would fill a last round of programs in part: 256 tiles take as long on 200 programs
 as 400. So, given scratch, a launch of at most MAX_TILES tiles may cut them along the keys. `choose_cut` says into how

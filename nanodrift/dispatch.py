@@ -128,10 +128,8 @@ class Dispatcher:
             size = next(size for size in FUSED_TOKENS if size >= least)
             chunk, _ = load.chunk(size - load.decode.batch, MAX_FUSED_SLICES)
             solo_s = {p: self.cost.fused_s(chunk, load.decode, p.prefill_sms, p.decode_sms) for p in self.splits}
-            beside = self.fused_at(load, min(solo_s, key=solo_s.get), size)
-            if best is None or beside.step_s < best.step_s:
-                beside = self._fused_on(load, beside.partition, beside.token_chunk)
-                best = max(best, beside, key=lambda o: o.prompt_tokens_per_s if o else 0.0)
+            beside = self._fused_on(load, min(solo_s, key=solo_s.get), guess)
+            best = max(best, beside, key=lambda option: option.prompt_tokens_per_s if option else 0.0)
         return best
 
     def _fused_on(self, load: Load, partition: Partition, guess: int) -> Decision | None:
