@@ -14,11 +14,12 @@ of twice the size.
 
 Few tiles, each over a long context, would fill a last round of programs in part: 256 tiles take as long on 200 programs
 as 400. So, given scratch, a launch of at most MAX_TILES tiles may cut them along the keys. `choose_cut` says into how
-many parts, and from how many cached blocks on that pays; which requests have as many is found on the device. The k-th
-part from the end begins at 1 - (k / n) ** 2 of the tile's blocks: four are 7, 5, 3 and 1 sixteenths. First all tiles
-left whole are drawn, then the first parts of all others, then their second parts; what comes last is small, so programs
-end together. A part leaves its sums (o, m, l) in scratch, 32.5 KiB at D = 128, and the program that brings a tile's
-last part adds them up in the order of the keys: a launch on as many SMs gives the same bits.
+many parts, and from how many cached blocks on that pays; which requests have as many is found on the device, where a
+tile also counts as long if it has more than twice as many keys as there are for each program. The k-th part from the
+end begins at 1 - (k / n) ** 2 of the tile's blocks: four are 7, 5, 3 and 1 sixteenths. First all tiles left whole are
+drawn, then the first parts of all others, then their second parts; what comes last is small, so programs end together.
+A part leaves its sums (o, m, l) in scratch, 32.5 KiB at D = 128, and the program that brings a tile's last part adds
+them up in the order of the keys: a launch on as many SMs gives the same bits.
 
 Each step multiplies the previous block's probabilities with V while it computes the softmax of its own scores: the
 product needs no result of this step, so the tensor cores work through the exponentials.
@@ -145,7 +146,8 @@ def _attend_blocks(
 @triton.jit
 def _lay_out(
     query_starts, context_lens, num_requests, most_parts, least_keys, max_split,
-    TILE_QUERIES: tl.constexpr, SEARCH: tl.constexpr, PART_KEYS: tl.constexpr,
+    KV_HEADS: tl.constexpr, TILE_QUERIES: tl.constexpr, SEARCH: tl.constexpr, PART_KEYS: tl.constexpr,
+    SHORTEST: tl.constexpr,
 ):  # fmt: skip
     """Where each request's tiles end among those left whole, and among those that are cut; the most parts of any."""
     index = tl.arange(0, SEARCH)
@@ -153,6 +155,8 @@ def _lay_out(
     num_queries = tl.load(query_starts + index + 1, mask=index < num_requests, other=0) - starts
     cached = tl.load(context_lens + index, mask=index < num_requests, other=0) - num_queries
     tiles = (num_queries + TILE_QUERIES - 1) // TILE_QUERIES
+    share = tl.sum(tiles * (cached + num_queries // 2), 0) * KV_HEADS // tl.num_programs(0)  # keys, for each program
+    least_keys = tl.minimum(least_keys, tl.maximum(2 * share, SHORTEST))
     parts = tl.where(cached >= least_keys, tl.minimum(cached // PART_KEYS, most_parts), 0)
     split_ends = tl.minimum(tl.cumsum(tl.where(parts > 0, tiles, 0), 0), max_split)
     return tl.cumsum(tiles, 0) - split_ends, split_ends, tl.max(parts, 0)
@@ -193,6 +197,7 @@ def _attn_prefill_kernel(
     num_requests, num_tiles, max_blocks, most_parts, least_keys, max_split, qk_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, SEARCH: tl.constexpr, BULK: tl.constexpr, SPLIT: tl.constexpr, PART_KEYS: tl.constexpr,
+    SHORTEST: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TILE_QUERIES: tl.constexpr = BLOCK_M // GROUP
@@ -203,8 +208,9 @@ def _attn_prefill_kernel(
 
     if SPLIT:  # steps: tiles left whole, then the first parts of all others, then their second parts, ...
         whole_ends, split_ends, num_rounds = _lay_out(
-            query_starts, context_lens, num_requests, most_parts, least_keys, max_split, TILE_QUERIES, SEARCH, PART_KEYS
-        )
+            query_starts, context_lens, num_requests, most_parts, least_keys, max_split, KV_HEADS, TILE_QUERIES, SEARCH,
+            PART_KEYS, SHORTEST,
+        )  # fmt: skip
         num_tiles = (tl.max(whole_ends, 0) + tl.max(split_ends, 0) * num_rounds) * KV_HEADS
 
     step = tl.program_id(0)
@@ -212,8 +218,8 @@ def _attn_prefill_kernel(
         kv_head = step % KV_HEADS
         if SPLIT:  # Map: laid out again for each, since there are no registers to keep it in
             whole_ends, split_ends, _ = _lay_out(
-                query_starts, context_lens, num_requests, most_parts, least_keys, max_split, TILE_QUERIES, SEARCH,
-                PART_KEYS,
+                query_starts, context_lens, num_requests, most_parts, least_keys, max_split, KV_HEADS, TILE_QUERIES,
+                SEARCH, PART_KEYS, SHORTEST,
             )  # fmt: skip
             num_whole, num_split = tl.max(whole_ends, 0), tl.maximum(tl.max(split_ends, 0), 1)
             tile = step // KV_HEADS
@@ -381,6 +387,7 @@ def attn_prefill(
         MAX_PARTS // (most_parts * num_kv_heads), scale * LOG2_E,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK=BLOCK_SIZE, BLOCK_M=block_m,
         SEARCH=MAX_REQUESTS if is_split else 256, BULK=bulk, SPLIT=is_split, PART_KEYS=PART_BLOCKS * BLOCK_SIZE,
+        SHORTEST=FEWEST_PARTS * PART_BLOCKS * BLOCK_SIZE,
         num_warps=4, num_stages=num_stages,
     )  # fmt: skip
     return out

@@ -252,6 +252,19 @@ def test_prefill_cuts_no_more_tiles_than_scratch_holds(small_parts, monkeypatch,
     assert relative(results[0], expected) < 2e-6
 
 
+@pytest.mark.parametrize("num_sms, num_written", [(2, 3), (1, 0)])
+def test_prefill_cuts_what_is_long_beside_the_rest(small_parts, monkeypatch, num_sms, num_written):
+    """1,203 + 3 x 44 keys are 333 for each of four programs and 667 for each of two: more than twice that is long."""
+    monkeypatch.setattr(prefill, "choose_cut", lambda *_: (3, prefill.NEVER))  # the rounds give no reason
+    monkeypatch.setattr(prefill, "FEWEST_PARTS", 3)
+    torch.manual_seed(0)
+    args, options = prefill_case([5, 9, 9, 9], [1200, 40, 40, 40], 2, 1, 64, torch.float32)
+    parts = Parts(64)
+    result = prefill.attn_prefill(*args, **options, **parts.memory, num_sms=num_sms)
+    assert relative(result, prefill.attn_prefill_reference(*args, **options)) < 2e-6
+    assert parts.num_written() == num_written and parts.is_ready()
+
+
 @pytest.mark.parametrize("why", ["short", "many tiles", "many requests"])
 def test_prefill_leaves_whole_what_need_not_be_cut(small_parts, monkeypatch, why):
     """Then memory for parts changes no bit and is not written."""
