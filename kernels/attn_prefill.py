@@ -144,19 +144,22 @@ def _attend_blocks(
 
 
 @triton.jit
-def _lay_out(
-    query_starts, context_lens, num_requests, most_parts, least_keys, max_split,
-    KV_HEADS: tl.constexpr, TILE_QUERIES: tl.constexpr, SEARCH: tl.constexpr, PART_KEYS: tl.constexpr,
-    SHORTEST: tl.constexpr,
-):  # fmt: skip
-    """Where each request's tiles end among those left whole, and among those that are cut; the most parts of any."""
+def _measure(query_starts, context_lens, num_requests, TILE_QUERIES: tl.constexpr, SEARCH: tl.constexpr):
+    """Of each request: its tiles, new tokens and cached tokens."""
     index = tl.arange(0, SEARCH)
     starts = tl.load(query_starts + index, mask=index < num_requests, other=0)
     num_queries = tl.load(query_starts + index + 1, mask=index < num_requests, other=0) - starts
     cached = tl.load(context_lens + index, mask=index < num_requests, other=0) - num_queries
-    tiles = (num_queries + TILE_QUERIES - 1) // TILE_QUERIES
-    share = tl.sum(tiles * (cached + num_queries // 2), 0) * KV_HEADS // tl.num_programs(0)  # keys, for each program
-    least_keys = tl.minimum(least_keys, tl.maximum(2 * share, SHORTEST))
+    return (num_queries + TILE_QUERIES - 1) // TILE_QUERIES, num_queries, cached
+
+
+@triton.jit
+def _lay_out(
+    query_starts, context_lens, num_requests, most_parts, least_keys, max_split,
+    TILE_QUERIES: tl.constexpr, SEARCH: tl.constexpr, PART_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Where each request's tiles end among those left whole, and among those that are cut; the most parts of any."""
+    tiles, _, cached = _measure(query_starts, context_lens, num_requests, TILE_QUERIES, SEARCH)
     parts = tl.where(cached >= least_keys, tl.minimum(cached // PART_KEYS, most_parts), 0)
     split_ends = tl.minimum(tl.cumsum(tl.where(parts > 0, tiles, 0), 0), max_split)
     return tl.cumsum(tiles, 0) - split_ends, split_ends, tl.max(parts, 0)
@@ -207,10 +210,13 @@ def _attn_prefill_kernel(
     candidates = tl.arange(0, SEARCH)
 
     if SPLIT:  # steps: tiles left whole, then the first parts of all others, then their second parts, ...
+        all_tiles, all_queries, all_cached = _measure(query_starts, context_lens, num_requests, TILE_QUERIES, SEARCH)
+        keys = tl.sum(all_tiles * (all_cached + all_queries // 2), 0) * KV_HEADS
+        share = keys // tl.num_programs(0)
+        least_keys = tl.minimum(least_keys, tl.maximum(2 * share, SHORTEST))
         whole_ends, split_ends, num_rounds = _lay_out(
-            query_starts, context_lens, num_requests, most_parts, least_keys, max_split, KV_HEADS, TILE_QUERIES, SEARCH,
-            PART_KEYS, SHORTEST,
-        )  # fmt: skip
+            query_starts, context_lens, num_requests, most_parts, least_keys, max_split, TILE_QUERIES, SEARCH, PART_KEYS
+        )
         num_tiles = (tl.max(whole_ends, 0) + tl.max(split_ends, 0) * num_rounds) * KV_HEADS
 
     step = tl.program_id(0)
@@ -218,8 +224,8 @@ def _attn_prefill_kernel(
         kv_head = step % KV_HEADS
         if SPLIT:  # Map: laid out again for each, since there are no registers to keep it in
             whole_ends, split_ends, _ = _lay_out(
-                query_starts, context_lens, num_requests, most_parts, least_keys, max_split, KV_HEADS, TILE_QUERIES,
-                SEARCH, PART_KEYS, SHORTEST,
+                query_starts, context_lens, num_requests, most_parts, least_keys, max_split, TILE_QUERIES, SEARCH,
+                PART_KEYS,
             )  # fmt: skip
             num_whole, num_split = tl.max(whole_ends, 0), tl.maximum(tl.max(split_ends, 0), 1)
             tile = step // KV_HEADS
