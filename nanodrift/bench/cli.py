@@ -124,7 +124,10 @@ def measure(mode: str, options: dict, console: Console, then: Callable[[LoadedEn
     names = {field.name for field in fields(EngineConfig)}
     is_simulated = options.get("device") == "sim"
     given = {k: v for k, v in options.items() if k in names and not (is_simulated and k == "device")}
-    config = EngineConfig.from_options(**({"prefix_caching": False} | given))  # every token asked for is computed
+    usual = {"prefix_caching": False}  # every token asked for is computed
+    if mode == "latency":
+        usual["policy"] = "prefill-first"  # no row decodes while others are prefilled: contexts stay of one length
+    config = EngineConfig.from_options(**(usual | given))
     device = SIM_DEVICE if is_simulated else resolve_device(config.device)
     with Display(console) as display:
         if is_simulated:

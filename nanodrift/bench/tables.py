@@ -6,10 +6,10 @@ A pair of comments names what stands between them, and ``python bench.py tables`
     <!-- /table -->
 
 Kinds: ``decode`` and ``prefill`` (a latency run, and peers to stand beside it), ``throughput`` (any number of runs),
-``serve`` (the server's start-up and streams), ``policies`` (the points of a sweep), ``memory`` (a trace with the prefix
-cache and without, a long prompt among users), ``online`` (arrival lists that peers were measured on, collected by
-bench.py peers), ``conditions`` (what runs and peers were measured on), ``figure`` (decode and prefill drawn as
-results/<run>.svg).
+``serve`` (the server's start-up and streams), ``policies`` (the points of a sweep, then the policies to show),
+``memory`` (a trace with the prefix cache and without, a long prompt among users), ``online`` (arrival lists that peers
+were measured on, collected by bench.py peers), ``conditions`` (what runs and peers were measured on), ``figure``
+(decode and prefill drawn as results/<run>.svg).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def regenerate(root: Path) -> dict[Path, str]:
 
     def fill(match: re.Match) -> str:
         opening, kind, names, _, closing = match.groups()
-        runs = [read(root / name) for name in names.split()]
+        runs = [read(root / name) if ".json" in name else name.split(",") for name in names.split()]
         if kind == "figure":
             path = (root / names.split()[0]).with_suffix(".svg")
             files[path] = figure(*runs)
@@ -77,11 +77,13 @@ def peer_rows(peers: dict | None, kind: str, key: str) -> tuple[str, dict]:
 
 def latency_table(kind: str, key: str, title: str, worst: str, run: dict, peers: dict | None) -> str:
     name, beside = peer_rows(peers, kind, key)
-    header = [title, "ms", WORST[worst], "tokens/s", "roofline ms", "share of it"]
+    has_context = "mean_context" in run[kind][0]  # prompts that came first have decoded meanwhile
+    header = [title, *["mean context"] * has_context, "ms", WORST[worst], "tokens/s", "roofline ms", "share of it"]
     rows = []
     for row in run[kind]:
         figures = f"{row['ms']:.2f}", f"{row[worst]:.2f}", f"{row['tokens_per_s']:,.0f}", f"{row['roofline_ms']:.2f}"
-        cells = [str(row[key]), *figures, f"{row['roofline_share']:.0%}"]
+        context = [f"{row['mean_context']:,.0f}"] if has_context else []
+        cells = [str(row[key]), *context, *figures, f"{row['roofline_share']:.0%}"]
         peer = beside.get(str(row[key]))
         if name:
             cells += [f"{peer['ms']:.2f}", f"{peer['ms'] / row['ms']:.2f}x"] if peer else ["", ""]
@@ -147,8 +149,9 @@ def online_table(ours: dict, peers: dict) -> str:
     return lines + "".join(f"\n{name}: {peer['options']}.\n" for name, peer in peers["engines"].items())
 
 
-def policies_table(points: list[dict]) -> str:
+def policies_table(points: list[dict], policies: list[str] | None = None) -> str:
     """A row a policy (and rate), its figures under each TBT promise beside each other; equal ones once."""
+    points = [point for point in points if not policies or point["policy"] in policies]
     promises = sorted({point["slo"]["tbt_ms"] for point in points})
     has_rates = len({point["rate"] for point in points}) > 1
     names = [f"`{point['policy']}`" + f" at {point['rate']}/s" * has_rates for point in points]
