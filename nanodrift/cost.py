@@ -48,7 +48,7 @@ RECOVERY_S = 0.03  # until the clock is back up after a split
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity over SM counts: straight lines between points, proportional below the first, flat above the last."""
+    """A quantity over SM counts or tokens: straight lines between points, in proportion below, flat beyond them."""
 
     points: tuple[tuple[int, float], ...]
 
@@ -80,6 +80,7 @@ class Profile:
     kv_start_tokens: float = 0.0  # what starting on a request costs decode attention, in tokens of context
     beside_share: float = 0.5  # of the faster of two attentions: what the slower one loses to it
     fused_overhead_s: float = 0.0  # of a fused step: what it takes to start one attention more
+    settled_clock: Curve = Curve(((1, 1.0),))  # over the highest, where passes of so many prompt tokens never end
     passes: tuple[tuple[int, Curve], ...] = ()  # (tokens, passes through all layers' products per second)
     factors: tuple[tuple, ...] = ()  # of the guard: lane, the fields of Cell, mean, worst, samples
     gpu: str = ""  # the rest: what this was measured on, and how
@@ -105,7 +106,9 @@ def read_profile(path: str | Path) -> Profile:
 
     try:
         raw = json.loads(Path(path).read_text())
-        values = {key: curve(value) if key.endswith("_per_s") else value for key, value in dict(raw).items()}
+        values = {
+            key: curve(value) if key.endswith(("_per_s", "_clock")) else value for key, value in dict(raw).items()
+        }
         values["passes"] = tuple((num_tokens, curve(points)) for num_tokens, points in raw["passes"])
         return Profile(**values | {"factors": tuple(map(tuple, raw["factors"]))})
     except (OSError, TypeError, KeyError, ValueError) as error:

@@ -156,6 +156,7 @@ def fit(rows: list[dict], config: ModelConfig, num_sms: int, about: dict) -> Pro
         fork_join_s=prior.fork_join_s,
         host_launch_s=round(median(host_s), 7) if host_s else 0.0,
         passes=tuple((n, _rate(of)) for n, of in passes.items()),
+        settled_clock=_settled_clock(rows),
         gpu=about["gpu"],
         dtype=about["dtype"],
         model={key: getattr(config, key) for key in SHAPE},
@@ -252,6 +253,16 @@ def _curve(values: dict[int, float]) -> Curve:
 
 def _rate(seconds: dict[int, float]) -> Curve:
     return _curve({sms: 1 / s for sms, s in seconds.items()})
+
+
+def _settled_clock(rows: list[dict]) -> Curve:
+    """Of passes over the whole device, by the next power of two of their prompt tokens."""
+    known, seen = [row for row in rows if row["sm_mhz"]], defaultdict(list)
+    highest = max((row["sm_mhz"] for row in known), default=0)
+    for row in known:
+        if row["shared"] and row["prompts"]:
+            seen[1 << (loads(row)[0].num_tokens - 1).bit_length()].append(row["sm_mhz"] / highest)
+    return _curve({1: 1.0} | {num_tokens: round(median(of), 3) for num_tokens, of in seen.items()})
 
 
 def _drawn(rows: list[dict]) -> dict:
