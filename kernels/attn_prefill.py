@@ -212,7 +212,7 @@ def _attn_prefill_kernel(
     if SPLIT:  # steps: tiles left whole, then the first parts of all others, then their second parts, ...
         all_tiles, all_queries, all_cached = _measure(query_starts, context_lens, num_requests, TILE_QUERIES, SEARCH)
         keys = tl.sum(all_tiles * (all_cached + all_queries // 2), 0) * KV_HEADS
-        share = keys // tl.num_programs(0)
+        share = keys // tl.num_programs(0)  # of each program, were they spread evenly: twice that is long
         least_keys = tl.minimum(least_keys, tl.maximum(2 * share, SHORTEST))
         whole_ends, split_ends, num_rounds = _lay_out(
             query_starts, context_lens, num_requests, most_parts, least_keys, max_split, TILE_QUERIES, SEARCH, PART_KEYS
