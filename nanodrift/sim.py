@@ -124,7 +124,7 @@ class SimExecutor:
         return num_sms > self._cost.profile.num_sms
 
     def _slowdown(self, entry: _InFlight, running: list[_InFlight]) -> float:
-        """Of a step by what runs beside it (a fused step is both lanes' alone), and by the clock until it has settled."""
+        """Of a step by what runs beside it (a fused step is both lanes' alone) and by a clock that has not settled."""
         works = {part.lanes[0]: part for e in running for part in e.ticket.work.parts}
         prefill = PrefillLoad.of(works[Lane.PREFILL].slices) if Lane.PREFILL in works else PrefillLoad()
         decode = DecodeLoad.of(works[Lane.DECODE]) if Lane.DECODE in works else DecodeLoad()
