@@ -34,7 +34,17 @@ from typing import NamedTuple
 
 from nanodrift.config import ConfigError, ModelConfig
 from nanodrift.metrics import percentile
-from nanodrift.plan import Completion, DecodeWork, FusedWork, Lane, PrefillSlice, PrefillWork, Work, padded_tokens
+from nanodrift.plan import (
+    Completion,
+    DecodeWork,
+    FusedWork,
+    Lane,
+    PrefillSlice,
+    PrefillWork,
+    Work,
+    padded_rows,
+    padded_tokens,
+)
 
 PROFILES = Path(__file__).parent / "profiles"
 SHAPE = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
@@ -241,7 +251,8 @@ class CostModel:
         return self.scale(PrefillWork, num_sms) * max(device_s, self.profile.host_launch_s * self.num_layers)
 
     def decode_s(self, load: DecodeLoad, num_sms: int) -> float:
-        step_s = self._pass_s(load.batch, load.batch, num_sms) + self._decode_attention_s(load, num_sms)
+        rows = padded_rows(load.batch)
+        step_s = self._pass_s(rows, rows, num_sms) + self._decode_attention_s(load, num_sms)
         return self.scale(DecodeWork, num_sms) * step_s
 
     def fused_s(self, prefill: PrefillLoad, decode: DecodeLoad, prefill_sms: int, decode_sms: int) -> float:

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from nanodrift.batch import PassShape
-from nanodrift.plan import FUSED_TOKENS, MAX_FUSED_SLICES, MAX_FUSED_TOKENS, PREFILL_TOKENS
+from nanodrift.plan import DECODE_ROWS, FUSED_TOKENS, MAX_FUSED_SLICES, MAX_FUSED_TOKENS, PREFILL_TOKENS
 
-DECODE_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 FUSED_ROWS = (64, 128, 256)  # rows that do not decode cost attention a little, and products nothing
 
 

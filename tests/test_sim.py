@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,33 @@ def test_the_prior_is_near_the_measured_prefill(cost, num_tokens, measured_ms):
     assert 1e3 * cost.prefill_s(load, 132) == pytest.approx(measured_ms, rel=0.2)
 
 
+def test_the_clock_follows_what_runs():
+    """Prefill after prefill takes what the profile says; the first, and one after a pause, end before it settles."""
+    cost = CostModel(LLAMA, replace(h200_prior(), settled_clock=Curve(((1, 1.0), (64, 0.8)))))
+    sim = machine(cost)
+    solo_s = cost.work_s(prefill(), 132, 132)
+
+    def busy_s():
+        sim.launch(prefill(), sim.partitions[0])
+        return sim.wait(None)[0].busy_s
+
+    times_s = [busy_s() for _ in range(12)]
+    assert times_s == sorted(times_s) and times_s[-1] == pytest.approx(solo_s, rel=1e-3)
+    assert 0.83 * solo_s < times_s[0] < 0.97 * solo_s  # a fifth less of what goes with the clock at best, and it falls
+    sim.wait(sim.clock.now() + 1.0)
+    assert busy_s() == pytest.approx(times_s[0])
+    sim.launch(decode(), sim.partitions[0])
+    assert sim.wait(None)[0].busy_s == pytest.approx(cost.decode_s(DecodeLoad(16, 16_000), 132))  # waits for memory
+
+
 SHIPPED = find_profile("NVIDIA H200", LLAMA, "bfloat16")
+
+
+def test_a_decode_step_takes_what_its_graph_takes():
+    """33 to 48 rows run in a graph of 48."""
+    cost = CostModel(LLAMA, SHIPPED)
+    least, *same, most = (cost.decode_s(DecodeLoad(batch, 0), 32) for batch in (32, 33, 40, 48, 49))
+    assert least < same[0] == same[1] == same[2] < most
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def shapes(partitions: Iterable[Partition], is_quick: bool = False) -> list[Shap
     splits = [p for p in partitions if not p.is_shared]
     found = []
     for partition in (whole, *splits):
-        found += [Shape(partition, (K,) * batch) for batch in (1, 16, 32, 64, 128, 256)]
+        found += [Shape(partition, (K,) * batch) for batch in (1, 16, 32, 48, 64, 96, 128, 256)]
         found += [Shape(partition, (8 * K,) * batch) for batch in (16, 64)]
         sizes = (256, 512, K, 2 * K) if is_quick else (256, 512, 768, K, 1536, 2 * K)
         found += [Shape(partition, prompts=((n, 0),)) for n in sizes]
@@ -75,7 +75,7 @@ def shapes(partitions: Iterable[Partition], is_quick: bool = False) -> list[Shap
         for partition in (whole, *splits):
             found.append(Shape(partition, (context,) * 64, ((size - 64, start),), is_fused=True))
     for partition in splits:
-        for batch, context in ((16, K), (64, K), (128, K), (16, 8 * K), (64, 8 * K)):
+        for batch, context in ((16, K), (32, K), (64, K), (128, K), (16, 8 * K), (64, 8 * K)):
             found.append(Shape(partition, (context,) * batch, ((2 * K, 0),), layers=4))
         found.append(Shape(partition, (K,) * 64, ((512, 0),), layers=12))
         found.append(Shape(partition, (8 * K,) * 16, ((2 * K, 6 * K),), layers=2))
