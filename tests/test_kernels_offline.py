@@ -244,6 +244,8 @@ def compile_all(arch: int, every: bool) -> dict:
     JITFunction.run = compile_only
     compiled = []
     for case, launch in launches(NUM_SMS[arch], every):
+        if case.startswith("pdl") and arch < 90:
+            continue  # no instruction for it there, and gpu.py does not ask
         launched.clear()
         record = {"case": case, "kernel": "?"}
         try:
