@@ -111,33 +111,40 @@ def launches(num_sms: int, every: bool):
     def penalize_case():
         penalties.penalize(logits, rows, wide(4, 3), torch.zeros((4, 128256), dtype=torch.int16))
 
+    def decode_cases(pdl):
+        """As a decode step launches them; without ``pdl``, as everything else does."""
+        products = (("skinny", gemm_skinny.gemm_skinny, 6144), ("swiglu", swiglu.gemm_swiglu, 28672))
+        return [
+            ("pdl " * pdl + name, case)
+            for name, case in (
+                ("rmsnorm C=4096", norm_case(4, 4096, pdl=pdl)),
+                ("add_rmsnorm C=4096 S=4", norm_case(4, 4096, 4, pdl=pdl)),
+                ("rope S=4 H=32", rope_case(lambda width: wide(4, 4, width), 32, 8, 128, pdl=pdl)),
+                ("attn_decode H=32 K=8", attention_case("decode", 32, 8, 128, pdl)),
+                *(
+                    (
+                        f"gemm_{name} M=16",
+                        functools.partial(run, half(16, 4096), half(N, 4096), num_sms=num_sms, pdl=pdl),
+                    )
+                    for name, run, N in products
+                ),
+            )
+        ]
+
     cases = [
-        ("rmsnorm C=4096", norm_case(4, 4096)),
-        ("add_rmsnorm C=4096 S=4", norm_case(4, 4096, 4)),
-        ("rope S=4 H=32", rope_case(lambda width: wide(4, 4, width), 32, 8, 128)),
+        *decode_cases(pdl=True),
         ("gemm M=2048", lambda: gemm.gemm(half(2048, 4096), half(6144, 4096), num_sms=num_sms)),
-        ("gemm_skinny M=16", lambda: gemm_skinny.gemm_skinny(half(16, 4096), half(6144, 4096), num_sms=num_sms)),
         ("gemm_swiglu M=2048", lambda: swiglu.gemm_swiglu(half(2048, 4096), half(28672, 4096), num_sms=num_sms)),
-        ("gemm_swiglu M=16", lambda: swiglu.gemm_swiglu(half(16, 4096), half(28672, 4096), num_sms=num_sms)),
         ("attn_prefill H=32 K=8", attention_case("prefill", 32, 8, 128)),
         ("attn_prefill in parts H=32 K=8", attention_case("prefill in parts", 32, 8, 128)),
-        ("attn_decode H=32 K=8", attention_case("decode", 32, 8, 128)),
         ("sample V=128256", sample_case),
         ("filter_logits V=128256", filter_case),
         ("ban_tokens", ban_case),
         ("penalize V=128256", penalize_case),
     ]
-    cases += [
-        ("pdl rmsnorm C=4096", norm_case(4, 4096, pdl=True)),
-        ("pdl add_rmsnorm C=4096 S=4", norm_case(4, 4096, 4, pdl=True)),
-        ("pdl rope S=4 H=32", rope_case(lambda width: wide(4, 4, width), 32, 8, 128, pdl=True)),
-        ("pdl attn_decode H=32 K=8", attention_case("decode", 32, 8, 128, True)),
-    ]
-    for name, run in (("skinny", gemm_skinny.gemm_skinny), ("swiglu", swiglu.gemm_swiglu)):
-        x, w = half(16, 4096), half(6144, 4096)
-        cases.append((f"pdl gemm_{name} M=16", functools.partial(run, x, w, num_sms=num_sms, pdl=True)))
     if not every:
         return cases
+    cases += decode_cases(pdl=False)
     for width in (2048, 3584, 5120, 8192):  # Llama-3.2-1B, Qwen2.5-7B, Qwen3-14B, the widest
         cases.append((f"rmsnorm C={width}", norm_case(4, width)))
         cases.append((f"add_rmsnorm C={width} S=1 bf16", norm_case(4, width, 1, half)))
