@@ -145,7 +145,7 @@ def _attend_blocks(
 
 @triton.jit
 def _measure(query_starts, context_lens, num_requests, TILE_QUERIES: tl.constexpr, SEARCH: tl.constexpr):
-    """Of each request: its tiles, new tokens and cached tokens."""
+    """Of each request: its tiles, new tokens and cached tokens, [SEARCH] each."""
     index = tl.arange(0, SEARCH)
     starts = tl.load(query_starts + index, mask=index < num_requests, other=0)
     num_queries = tl.load(query_starts + index + 1, mask=index < num_requests, other=0) - starts
