@@ -271,3 +271,19 @@ def test_the_figure_draws_every_number(project):
     assert {"roofline", "nanodrift", "Other 1.0", "5.0", "7.0", "10.0", "180", "189"} <= set(texts)
     bars = [node for node in svg.iter() if node.tag.endswith("rect")]
     assert len(bars) == 1 + 3 + (3 + 2) + 3  # background, legend, decode (one without a peer), prefill
+
+
+def test_kernel_rows_stand_whole_chip_first_then_in_a_partition(project):
+    """A row without a library stays blank there; kernels/README.md is rewritten like the other."""
+    rows = [{"op": op, "case": case, "sms": sms, "us": 50.0 if sms == 132 else 1234.0, "limit_share": 0.8,
+             "ratio": None if op == "rope_kv_write" else 1.25}
+            for op, case, part in tables.KERNEL_ROWS for sms in (132, part)]  # fmt: skip
+    (project / "results" / "kernels.json").write_text(json.dumps({"num_sms": 132, "rows": rows}))
+    (project / "kernels").mkdir()
+    readme = project / "kernels" / "README.md"
+    readme.write_text("<!-- table: kernels results/kernels.json -->\nold\n<!-- /table -->\n")
+    assert tables.main(root=project) == 0
+    text = readme.read_text()
+    assert "| `gemm` down M=2048 | 50.0 us | 80% | 1.25 | 1,234 us, 100 SMs | 80% | 1.25 |" in text
+    assert "| `rope_kv_write` T=8192 S=1 | 50.0 us | 80% |  | 1,234 us, 100 SMs | 80% |  |" in text
+    assert text.count("\n") == 2 + 2 + len(tables.KERNEL_ROWS)

@@ -1,4 +1,4 @@
-"""Writes README.md's tables and figures from the JSON files in results/, so that no number is typed by hand.
+"""Writes the tables and figures of README.md and kernels/README.md from results/, so that no number is typed by hand.
 
 A pair of comments names what stands between them, and ``python bench.py tables`` fills it in:
 
@@ -8,8 +8,8 @@ A pair of comments names what stands between them, and ``python bench.py tables`
 Kinds: ``decode`` and ``prefill`` (a latency run, and peers to stand beside it), ``throughput`` (any number of runs),
 ``serve`` (the server's start-up and streams), ``policies`` (the points of a sweep, then the policies to show),
 ``memory`` (a trace with the prefix cache and without, a long prompt among users), ``online`` (arrival lists that peers
-were measured on, collected by bench.py peers), ``conditions`` (what runs and peers were measured on), ``figure``
-(decode and prefill drawn as results/<run>.svg).
+were measured on, collected by bench.py peers), ``conditions`` (what runs and peers were measured on), ``kernels`` (rows
+of bench.py kernels beside limit and library), ``figure`` (decode and prefill drawn as results/<run>.svg).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPAN = re.compile(r"(<!-- table: (\w+) ([^>]+?) -->\n)(.*?)(<!-- /table -->)", r
 
 
 def main(check: bool = False, root: Path = ROOT) -> int:
-    """Rewrites README.md and its figures; with ``check`` only says whether they are up to date."""
+    """Rewrites both READMEs and their figures; with ``check`` only says whether they are up to date."""
     stale = [path for path, text in regenerate(root).items() if not path.exists() or path.read_text() != text]
     for path in stale:
         if check:
@@ -38,7 +38,7 @@ def main(check: bool = False, root: Path = ROOT) -> int:
 
 
 def regenerate(root: Path) -> dict[Path, str]:
-    """What README.md and the figures it names should hold now."""
+    """What the READMEs and the figures they name should hold now."""
     files = {}
 
     def fill(match: re.Match) -> str:
@@ -52,8 +52,9 @@ def regenerate(root: Path) -> dict[Path, str]:
             text = KINDS[kind](*runs)
         return f"{opening}{text}{closing}"
 
-    readme = root / "README.md"
-    return {readme: SPAN.sub(fill, readme.read_text()), **files}
+    readmes = [root / "README.md", root / "kernels" / "README.md"]
+    texts = {readme: SPAN.sub(fill, readme.read_text()) for readme in readmes if readme.exists()}
+    return texts | files
 
 
 def read(path: Path):
@@ -186,7 +187,36 @@ def memory_table(on: dict, off: dict, long: dict) -> str:
     )
 
 
+KERNEL_ROWS = (  # operator, its case in bench.py kernels, SMs of the partition beside the whole chip
+    ("rmsnorm", "T=8192", 100), ("rope_kv_write", "T=8192 S=1", 100), ("gemm", "down M=2048", 100),
+    ("gemm", "qkv M=512", 100), ("gemm", "o M=256", 100), ("gemm_skinny", "down M=1", 32),
+    ("gemm_skinny", "head M=1", 32), ("gemm_skinny", "qkv M=128", 64), ("swiglu", "M=2048", 100),
+    ("swiglu", "M=1", 32), ("attn_prefill", "1 x 8192", 100), ("attn_prefill", "1 x 512 over 32768", 100),
+    ("attn_decode", "16 x 8192", 32), ("attn_decode", "16 x 1024", 32), ("sample", "greedy B=64", 32),
+)  # fmt: skip
+
+
+def kernels_table(run: dict) -> str:
+    """One row a kernel and shape: time, share of the limit, and the library's time over ours; all SMs, then some."""
+    found = {(row["op"], row["case"], row["sms"]): row for row in run["rows"]}
+
+    def cells(op: str, case: str, sms: int, where: str = "") -> list[str]:
+        row = found[op, case, sms]
+        us = f"{row['us']:,.0f}" if row["us"] >= 100 else f"{row['us']:.1f}"
+        return [f"{us} us{where}", f"{row['limit_share']:.0%}", f"{row['ratio']:.2f}" if row["ratio"] else ""]
+
+    whole = run["num_sms"]
+    header = ["operator, shape", f"{whole} SMs", "share of limit", "library / ours", "in a partition", "share of limit",
+              "library / ours"]  # fmt: skip
+    rows = [
+        [f"`{op}` {case}", *cells(op, case, whole), *cells(op, case, sms, f", {sms} SMs")]
+        for op, case, sms in KERNEL_ROWS
+    ]
+    return markdown(header, rows).replace("| ---: |", "| :--- |", 1)
+
+
 KINDS = {
+    "kernels": kernels_table,
     "policies": policies_table,
     "memory": memory_table,
     "online": online_table,
