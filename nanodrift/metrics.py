@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 
 from nanodrift.config import SLO
 from nanodrift.request import Request
@@ -32,7 +33,11 @@ def percentile(values: Iterable[float], percent: float) -> float:
     The rank is computed exactly, so that P99 of 100 values is the 99th. Raises ValueError for no values or a percent
     outside (0, 100].
     """
-    ordered = sorted(values)
+    return percentile_of_sorted(sorted(values), percent)
+
+
+def percentile_of_sorted(ordered: Sequence[float], percent: float) -> float:
+    """The same of values that are in order already."""
     if not ordered:
         raise ValueError("a percentile of no values")
     if not 0 < percent <= 100:
@@ -65,7 +70,7 @@ class RequestTimes:
     def ttft_s(self) -> float | None:
         return self.token_s[0] - self.arrival_s if self.token_s else None
 
-    @property
+    @cached_property
     def tbt_s(self) -> list[float]:
         """Every gap between consecutive tokens; empty for fewer than two tokens."""
         return [later - earlier for earlier, later in zip(self.token_s, self.token_s[1:], strict=False)]

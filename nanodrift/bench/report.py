@@ -18,7 +18,7 @@ from nanodrift.bench.load import INTERRUPTED, Record, duration_s
 from nanodrift.bench.summary import summarize
 from nanodrift.bench.workloads import Workload
 from nanodrift.config import SLO
-from nanodrift.metrics import RequestTimes, attainment, percentile
+from nanodrift.metrics import RequestTimes, attainment, percentile, percentile_of_sorted
 
 CDF_PERCENTS = (*range(1, 100), 99.5, 99.9, 100)
 FEW_REQUESTS = 500  # below it, a P99 over requests is one of the four or five slowest
@@ -137,8 +137,8 @@ def records_of(result: dict) -> list[RequestTimes]:
     return records
 
 
-def _ms(seconds: Sequence[float], percent: float) -> float | None:
-    return percentile(seconds, percent) * 1e3 if seconds else None
+def _ms(ordered_s: Sequence[float], percent: float) -> float | None:
+    return percentile_of_sorted(ordered_s, percent) * 1e3 if ordered_s else None
 
 
 def _sum(counts) -> int | None:

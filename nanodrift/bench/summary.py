@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from nanodrift.metrics import RequestTimes, attainment, percentile
+from nanodrift.metrics import RequestTimes, attainment, percentile, percentile_of_sorted
 
 
 def summarize(requests: Sequence[RequestTimes], duration_s: float) -> dict:
@@ -59,7 +59,7 @@ def _statistics_ms(seconds: list[float]) -> dict[str, float | None]:
     ordered, mean = sorted(seconds), fmean(seconds)
     return {
         "mean": mean * 1e3,
-        "median": percentile(ordered, 50) * 1e3,
+        "median": percentile_of_sorted(ordered, 50) * 1e3,
         "std": math.sqrt(fmean([(value - mean) ** 2 for value in ordered])) * 1e3,
-        "p99": percentile(ordered, 99) * 1e3,
+        "p99": percentile_of_sorted(ordered, 99) * 1e3,
     }
