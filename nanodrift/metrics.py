@@ -42,8 +42,7 @@ def percentile_of_sorted(ordered: Sequence[float], percent: float) -> float:
         raise ValueError("a percentile of no values")
     if not 0 < percent <= 100:
         raise ValueError(f"percent must lie in (0, 100], got {percent}")
-    rank = math.ceil(Fraction(str(percent)) * len(ordered) / 100)
-    return ordered[rank - 1]
+    return ordered[math.ceil(Fraction(str(percent)) * len(ordered) / 100) - 1]
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,7 @@ class RequestTimes:
         """True if the P99 of the gaps (``strict``: every gap) keeps the SLO; a request without a gap keeps it."""
         if not self.is_completed:
             return False
-        gaps = self.tbt_s
-        return not gaps or percentile(gaps, 100 if strict else 99) * 1e3 <= self.slo.tbt_ms
+        return not self.tbt_s or percentile(self.tbt_s, 100 if strict else 99) * 1e3 <= self.slo.tbt_ms
 
     def is_good(self, strict: bool = False) -> bool:
         return self.meets_ttft and self.meets_tbt(strict)

@@ -235,6 +235,27 @@ def test_our_runs_of_a_peers_list_stand_beside_its_rows(tmp_path, capsys):
     assert f"{point['p99_tbt_ms']:.1f}" in text and peers.main([str(tmp_path)]) == 2
 
 
+def test_almost_all_tokens_in_time_are_not_all():
+    row = {"trace": "peer_x.jsonl", "scale": 0.2, "offered": 1, "done": 1, "ttft_ms": [1, 2], "tbt_ms": [1, 2, 3, 4],
+           "within_ms": 20.0}  # fmt: skip
+    assert [peers.cells("us", row | {"within": share})[-1] for share in (0.867, 0.99973, 1)] == [
+        "86.7% in 20 ms", "99.9% in 20 ms", "100.0% in 20 ms",
+    ]  # fmt: skip
+
+
+def test_a_campaign_row_names_the_best_of_each_kind_and_leaves_blank_what_was_not_run():
+    def point(policy, good, ttft_ms, tbt_ms=20.0):
+        return {"policy": policy, "rate": "6", "request_rate": 6.0, "slo": {"tbt_ms": tbt_ms}, "slo_attainment": good,
+                "median_ttft_ms": ttft_ms, "p99_tbt_ms": 18.25}  # fmt: skip
+
+    points = [point("mux", 0.956, 1234.0), point("chunked:512", 0.5, 300.0), point("chunked:256", 0.75, 400.0),
+              point("mux", 1.0, 90.0, 50.0)]  # fmt: skip
+    head, _, first, second = tables.campaign_table({"workload": "peer_x.jsonl"}, points).splitlines()
+    assert first.startswith("| peer_x, 6/s, 20 ms | 95.6% |  | 75.0% (256) |  |  | 1,234 / - / 400 / - / - | 18.2 / - ")
+    assert second.startswith("| peer_x, 6/s, 50 ms | 100.0% |  |  |  |  | 90 / - / - / - / - |")
+    assert head.count("|") == first.count("|") == second.count("|")
+
+
 # --- policies --------------------------------------------------------------------------------------------------------
 
 

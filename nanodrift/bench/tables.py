@@ -1,4 +1,4 @@
-"""Writes the tables and figures of README.md and kernels/README.md from results/, so that no number is typed by hand.
+"""Writes the tables and figures of the READMEs from the files in results/, so that no number is typed by hand.
 
 A pair of comments names what stands between them, and ``python bench.py tables`` fills it in:
 
@@ -7,6 +7,7 @@ A pair of comments names what stands between them, and ``python bench.py tables`
 
 Kinds: ``decode`` and ``prefill`` (a latency run, and peers to stand beside it), ``throughput`` (any number of runs),
 ``serve`` (the server's start-up and streams), ``policies`` (the points of a sweep, then the policies to show),
+``campaign`` (sweeps, each by its sweep.json and its points: what each kind of policy carries),
 ``memory`` (a trace with the prefix cache and without, a long prompt among users), ``online`` (arrival lists that peers
 were measured on, collected by bench.py peers), ``conditions`` (what runs and peers were measured on), ``kernels`` (rows
 of bench.py kernels beside limit and library), ``figure`` (decode and prefill drawn as results/<run>.svg).
@@ -26,7 +27,7 @@ SPAN = re.compile(r"(<!-- table: (\w+) ([^>]+?) -->\n)(.*?)(<!-- /table -->)", r
 
 
 def main(check: bool = False, root: Path = ROOT) -> int:
-    """Rewrites both READMEs and their figures; with ``check`` only says whether they are up to date."""
+    """Rewrites the READMEs and their figures; with ``check`` only says whether they are up to date."""
     stale = [path for path, text in regenerate(root).items() if not path.exists() or path.read_text() != text]
     for path in stale:
         if check:
@@ -52,7 +53,7 @@ def regenerate(root: Path) -> dict[Path, str]:
             text = KINDS[kind](*runs)
         return f"{opening}{text}{closing}"
 
-    readmes = [root / "README.md", root / "kernels" / "README.md"]
+    readmes = [root / "README.md", root / "kernels" / "README.md", root / "results" / "README.md"]
     texts = {readme: SPAN.sub(fill, readme.read_text()) for readme in readmes if readme.exists()}
     return texts | files
 
@@ -171,6 +172,43 @@ def policies_table(points: list[dict], policies: list[str] | None = None) -> str
     return markdown([f"policy, TBT promised: {' / '.join(f'{tbt_ms:g}' for tbt_ms in promises)} ms", *columns], rows)
 
 
+KINDS_OF_POLICY = {  # a column each in ``campaign_table``; of several policies the best
+    "`mux`": lambda name: name == "mux",
+    "`chunked-auto`": lambda name: name == "chunked-auto",
+    "fixed budget": lambda name: name.startswith("chunked:"),
+    "static split": lambda name: name.startswith("static"),
+    "`prefill-first`": lambda name: name == "prefill-first",
+}
+
+
+def campaign_table(*runs) -> str:
+    """Of each sweep (its sweep.json, then its points) a row for every rate and promise, policies beside each other."""
+    rows = []
+    for about, points in zip(runs[::2], runs[1::2], strict=True):
+        for key in dict.fromkeys((point["rate"], point["slo"]["tbt_ms"]) for point in points):
+            here = [point for point in points if (point["rate"], point["slo"]["tbt_ms"]) == key]
+            best = [
+                max(of, key=lambda point: point["slo_attainment"])
+                if (of := [point for point in here if is_one(point["policy"])])
+                else None
+                for is_one in KINDS_OF_POLICY.values()
+            ]
+            good = [
+                f"{point['slo_attainment']:.1%}" + f" ({point['policy'].partition(':')[2]})" * (":" in point["policy"])
+                if point
+                else ""
+                for point in best
+            ]
+            ttft, tbt = (
+                " / ".join(f"{point[name]:,.{digits}f}" if point else "-" for point in best)
+                for name, digits in (("median_ttft_ms", 0), ("p99_tbt_ms", 1))
+            )
+            name = about["workload"].removesuffix(".jsonl")
+            rows.append([f"{name}, {here[0]['request_rate']:.3g}/s, {key[1]:g} ms", *good, ttft, tbt])
+    header = ["workload, requests/s, TBT promised", *KINDS_OF_POLICY, "P50 TTFT ms, same order", "P99 TBT ms"]
+    return markdown(header, rows).replace("| ---: |", "| :--- |", 1)
+
+
 def memory_table(on: dict, off: dict, long: dict) -> str:
     """What the prefix cache finds and saves on a trace, and what a long prompt does to its neighbours."""
     rate, ideal = (count / on["total_input_tokens"] for count in (on["cached_tokens"], on["ideal_hit_tokens"]))
@@ -218,6 +256,7 @@ def kernels_table(run: dict) -> str:
 KINDS = {
     "kernels": kernels_table,
     "policies": policies_table,
+    "campaign": campaign_table,
     "memory": memory_table,
     "online": online_table,
     "decode": decode_table,
