@@ -19,6 +19,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 
 from nanodrift.bench.peers import HEADER, table
 
@@ -181,30 +182,37 @@ KINDS_OF_POLICY = {  # a column each in ``campaign_table``; of several policies 
 }
 
 
+CAMPAIGN_FIGURES = {"slo_attainment": "{:.1%}", "median_ttft_ms": "{:,.0f}", "p99_tbt_ms": "{:,.1f}"}
+
+
 def campaign_table(*runs) -> str:
-    """Of each sweep (its sweep.json, then its points) a row for every rate and promise, policies beside each other."""
+    """Of each sweep (its sweep.json, then its points) a row for every rate and promise; figures: means over seeds."""
     rows = []
     for about, points in zip(runs[::2], runs[1::2], strict=True):
-        for key in dict.fromkeys((point["rate"], point["slo"]["tbt_ms"]) for point in points):
-            here = [point for point in points if (point["rate"], point["slo"]["tbt_ms"]) == key]
+        cells: dict[tuple, dict[str, list[dict]]] = {}
+        for point in points:
+            cell = cells.setdefault((point["rate"], point["slo"]["tbt_ms"]), {})
+            cell.setdefault(point["policy"], []).append(point)
+        for (_, tbt_ms), cell in cells.items():
+            figures = {
+                policy: {name: fmean(point[name] for point in seeds) for name in CAMPAIGN_FIGURES}
+                for policy, seeds in cell.items()
+            }
             best = [
-                max(of, key=lambda point: point["slo_attainment"])
-                if (of := [point for point in here if is_one(point["policy"])])
-                else None
+                max(filter(is_one, figures), key=lambda policy: figures[policy]["slo_attainment"], default=None)
                 for is_one in KINDS_OF_POLICY.values()
             ]
-            good = [
-                f"{point['slo_attainment']:.1%}" + f" ({point['policy'].partition(':')[2]})" * (":" in point["policy"])
-                if point
-                else ""
-                for point in best
+            columns = [
+                [text.format(figures[policy][name]) if policy else None for policy in best]
+                for name, text in CAMPAIGN_FIGURES.items()
             ]
-            ttft, tbt = (
-                " / ".join(f"{point[name]:,.{digits}f}" if point else "-" for point in best)
-                for name, digits in (("median_ttft_ms", 0), ("p99_tbt_ms", 1))
-            )
-            name = about["workload"].removesuffix(".jsonl")
-            rows.append([f"{name}, {here[0]['request_rate']:.3g}/s, {key[1]:g} ms", *good, ttft, tbt])
+            good = [
+                text and text + (f" ({policy.partition(':')[2]})" if ":" in policy else "")
+                for policy, text in zip(best, columns[0], strict=True)
+            ]
+            name, rate = about["workload"].removesuffix(".jsonl"), next(iter(cell.values()))[0]["request_rate"]
+            latencies = [" / ".join(text or "-" for text in column) for column in columns[1:]]
+            rows.append([f"{name}, {rate:.3g}/s, {tbt_ms:g} ms", *(text or "" for text in good), *latencies])
     header = ["workload, requests/s, TBT promised", *KINDS_OF_POLICY, "P50 TTFT ms, same order", "P99 TBT ms"]
     return markdown(header, rows).replace("| ---: |", "| :--- |", 1)
 
