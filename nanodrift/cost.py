@@ -336,14 +336,16 @@ class Cell(NamedTuple):
     log_batch: int  # powers of two
     log_context: int  # powers of four, of the batch's context in tokens
     log_prefill: int  # powers of four, of the chunk's tokens
+    log_prefix: int = 0  # powers of four from 256 on, of what its tokens see before the chunk, in the mean
     is_fused: bool = False
     is_behind_split: bool = False  # a fused step, while the clock recovers from what lanes beside each other draw
 
     @classmethod
     def of(cls, prefill: PrefillLoad, decode: DecodeLoad, decode_sms: int, *flags: bool) -> Cell:
         """``flags``: is_fused, is_behind_split."""
-        logs = decode.batch.bit_length(), (decode.context_tokens.bit_length() + 1) // 2
-        return cls(decode_sms, *logs, (prefill.num_tokens.bit_length() + 1) // 2, *flags)
+        prefix = int(prefill.num_prefix_pairs / max(prefill.num_tokens, 1))
+        fours = [(n.bit_length() + 1) // 2 for n in (decode.context_tokens, prefill.num_tokens, prefix)]
+        return cls(decode_sms, decode.batch.bit_length(), *fours[:2], max(fours[2] - 4, 0), *flags)
 
     @property
     def is_beside(self) -> bool:
@@ -355,7 +357,7 @@ class Cell(NamedTuple):
 
     def is_near(self, other: Cell) -> bool:
         steps = abs(self.decode_sms - other.decode_sms) / 16, self.log_batch - other.log_batch
-        steps += self.log_context - other.log_context, self.log_prefill - other.log_prefill
+        steps += tuple(a - b for a, b in zip(self[2:5], other[2:5], strict=True))
         return max(map(abs, steps)) <= 1
 
 

@@ -76,9 +76,7 @@ class RequestTimes:
 
     @property
     def tpot_s(self) -> float | None:
-        if len(self.token_s) < 2:
-            return None
-        return (self.token_s[-1] - self.token_s[0]) / (len(self.token_s) - 1)
+        return (self.token_s[-1] - self.token_s[0]) / (len(self.token_s) - 1) if len(self.token_s) > 1 else None
 
     @property
     def end_to_end_s(self) -> float | None:
