@@ -355,10 +355,9 @@ class Cell(NamedTuple):
     def is_like(self, other: Cell) -> bool:
         return (self.is_beside, *self[-2:]) == (other.is_beside, *other[-2:])
 
-    def is_near(self, other: Cell) -> bool:
-        steps = abs(self.decode_sms - other.decode_sms) / 16, self.log_batch - other.log_batch
-        steps += tuple(a - b for a, b in zip(self[2:5], other[2:5], strict=True))
-        return max(map(abs, steps)) <= 1
+    def distance(self, other: Cell) -> float:
+        """In steps of the field that differs most; 16 SMs are one."""
+        return max(abs(a - b) for a, b in zip((self[0] / 16, *self[1:5]), (other[0] / 16, *other[1:5]), strict=True))
 
 
 @dataclass
@@ -374,8 +373,8 @@ class Factor:
 class Guard:
     """Factors by lane and cell, corrected by every step that is judged. A fused step stands under the decode lane.
 
-    A cell never seen takes the mean and the worst of its neighbours on as many SMs, which matter most, else of all
-    cells on as many, else of its neighbours on other SMs, else the prior. ``worst`` follows a slower step at once and
+    A cell never seen takes the mean and the worst of its neighbours on as many SMs, which matter most, else of the
+    nearest cells on as many, else of its neighbours on other SMs, else the prior. ``worst`` follows a slower step at once and
     forgives slowly, never below the mean times ``floor``.
     """
 
@@ -405,9 +404,10 @@ class Guard:
 
     def _infer(self, lane: Lane, cell: Cell) -> Factor:
         like = [(other, f) for (of, other), f in self.factors.items() if of is lane and cell.is_like(other)]
-        same = [(other, f) for other, f in like if other.decode_sms == cell.decode_sms]
-        near, far = ([f for other, f in of if cell.is_near(other)] for of in (same, like))
-        if near := near or [f for _, f in same] or far:
+        same = [(cell.distance(other), f) for other, f in like if other.decode_sms == cell.decode_sms]
+        most = max(1, min((distance for distance, _ in same), default=1))
+        near = [f for distance, f in same if distance <= most]
+        if near := near or [f for other, f in like if cell.distance(other) <= 1]:
             return Factor(fmean(f.mean for f in near), max(f.worst for f in near))
         if cell.is_behind_split:
             settled = self.factor(lane, cell._replace(is_behind_split=False))

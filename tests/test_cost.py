@@ -193,15 +193,17 @@ def test_what_is_no_profile_is_refused_by_name(tmp_path, text):
 
 
 def test_the_guard_starts_from_the_profile():
-    rows = [("decode", sms, batch, 7, 6, False, *seen, 90) for sms, batch, *seen in
-            ((32, 5, 1.2, 1.3), (32, 7, 1.4, 1.6), (64, 5, 1.1, 1.4))]  # fmt: skip
+    rows = [("decode", sms, batch, 7, 6, prefix, False, *seen, 90) for sms, batch, prefix, *seen in
+            ((32, 5, 0, 1.2, 1.3), (32, 7, 0, 1.4, 1.6), (64, 5, 0, 1.1, 1.4), (32, 7, 3, 1.5, 1.9))]  # fmt: skip
     guard = Guard.of(measured(factors=rows))
     assert guard.factor(Lane.DECODE, Cell(32, 5, 7, 6)).worst == 1.3
     between = guard.factor(Lane.DECODE, Cell(32, 6, 7, 6))
     assert (between.mean, between.worst) == (pytest.approx(1.3), 1.6), "expect the neighbours' mean, promise the worst"
     assert guard.factor(Lane.DECODE, Cell(48, 5, 7, 6)).worst == 1.4, "nothing on 48 SMs: the worst of 32 and 64"
     assert guard.factor(Lane.DECODE, Cell(48, 5, 7, 6)).num_samples == 0, "marked as inferred"
-    assert guard.factor(Lane.DECODE, Cell(32, 9, 9, 6)).worst == 1.6, "far from everything: the worst on 32 SMs"
+    assert guard.factor(Lane.DECODE, Cell(32, 9, 9, 6)).worst == 1.6, "far from everything: the nearest on 32 SMs"
+    assert guard.factor(Lane.DECODE, Cell(32, 1, 7, 6)).worst == 1.3, "the nearest, not the worst"
+    assert guard.factor(Lane.DECODE, Cell(32, 7, 7, 6, 4)).worst == 1.9, "behind a long context"
     assert guard.factor(Lane.DECODE, Cell(128, 5, 7, 6)).worst == guard.prior_worst
     assert guard.factor(Lane.DECODE, Cell(32, 5, 7, 0)).mean == 1.0, "alone"
 
