@@ -374,8 +374,8 @@ class Guard:
     """Factors by lane and cell, corrected by every step that is judged. A fused step stands under the decode lane.
 
     A cell never seen takes the mean and the worst of its neighbours on as many SMs, which matter most, else of the
-    nearest cells on as many, else of its neighbours on other SMs, else the prior. ``worst`` follows a slower step at once and
-    forgives slowly, never below the mean times ``floor``.
+    nearest cells on as many, else of its neighbours on other SMs, else the prior. ``worst`` follows a slower step at
+    once and forgives slowly, never below the mean times ``floor``.
     """
 
     prior_mean: float = 1.12  # beside the other lane

@@ -27,7 +27,7 @@ class Load:
     tbt_s: float  # the tightest TBT among the running requests, less headroom and what they have waited already
     prompt_tokens: int = 0  # that wait to be computed, of all prompts together
     prompt_start: int = 0  # where the next token chunk begins in its prompt: cached and computed tokens before it
-    is_chunk_open: bool = False  # a chunk is on its way through the layers, and must go on by layers
+    open_tokens: int = 0  # of a chunk on its way through the layers: it must go on by layers
     prompts: tuple[tuple[int, int], ...] = ()  # (tokens, start) of each prompt in order, where they are several
     is_merging: bool = False  # a prompt is about to end beside the decode lane
     is_behind_split: bool = False  # the lanes run beside each other, or did a moment ago
@@ -35,7 +35,7 @@ class Load:
     def chunk(self, most_tokens: int, most_slices: int | None = None) -> tuple[PrefillLoad, DecodeLoad]:
         """The next token chunk of at most so many tokens, and the batch once the prompts that end in it have joined."""
         num_tokens = num_ended = context_tokens = 0
-        parts = []
+        parts, most_tokens = [], self.open_tokens or most_tokens
         prompts = self.prompts or ((self.prompt_tokens, self.prompt_start),)
         for left, start in prompts[:most_slices]:
             n = min(left, most_tokens - num_tokens)

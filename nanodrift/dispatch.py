@@ -4,6 +4,7 @@ Three modes compete, each by the prompt tokens per second it computes while ever
 (time between tokens):
 
     split       decode on the fewest SMs whose guarded step meets the TBT, prefill on all the others at the same time
+                (where the end of a prompt would not keep it, up to shortly before that end)
     fused       one pass for both over the weights, its prompt chunk the fastest that the TBT allows
     exclusive   the chip in turns: a decode step, then as many prefill layers as the rest of the TBT holds
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
 from nanodrift.decision import Decision, Load, Mode
@@ -29,6 +31,7 @@ from nanodrift.plan import FUSED_TOKENS, MAX_FUSED_SLICES, Lane, Partition
 MIN_PREFILL_SHARE = 0.1  # of the time, when no mode can keep the TBT
 LONE_PIECE_S = 5e-3  # a prefill piece while nothing decodes; a first decode step may have two in flight before it
 HYSTERESIS = 0.05  # a new choice must be better by this
+END_TOKENS = 32  # of a prompt: left to another mode where its end does not fit into a split
 MERGE_STEPS = 1.5  # split: the gap after a first token is at most so many steps (Flight.step_from_s says why)
 
 
@@ -72,7 +75,7 @@ class Dispatcher:
     def options(self, load: Load, current: Decision | None = None) -> list[Decision]:
         """Every permitted way that keeps the TBT, at most one a mode."""
         modes = self.modes
-        if load.is_chunk_open:  # begun by layers, it cannot become fused; taking turns can always finish it
+        if load.open_tokens:  # begun by layers, it cannot become fused; taking turns can always finish it
             modes = [mode for mode in modes if mode is not Mode.FUSED] or [Mode.EXCLUSIVE]
         guess = current.token_chunk if current and current.mode is Mode.FUSED else 512
         makers = {
@@ -88,8 +91,16 @@ class Dispatcher:
         return self._first_split(load, [partition], math.inf)
 
     def _split(self, load: Load) -> Decision | None:
-        """Best fit: the smallest decode half whose guarded step meets the TBT leaves the most SMs to prefill."""
-        return self._first_split(load, self.splits, load.tbt_s)
+        """Best fit: the smallest decode half whose guarded step meets the TBT leaves the most SMs to prefill.
+
+        Where the end of a prompt does not fit, a chunk that stops short of it.
+        """
+        found = self._first_split(load, self.splits, load.tbt_s)
+        to_end = (load.prompts[0][0] if load.prompts else load.prompt_tokens) - END_TOKENS
+        if found or load.open_tokens or to_end <= 0:
+            return found
+        short = replace(load, open_tokens=min(to_end, self.max_prefill_tokens))
+        return self._first_split(short, self.splits, load.tbt_s)
 
     def _first_split(self, load: Load, partitions: Iterable[Partition], most_s: float) -> Decision | None:
         """On the first partition whose longest gap is at most ``most_s``."""
@@ -179,7 +190,7 @@ class Dispatcher:
         turns = math.ceil(num_layers / math.floor(room_s / layer_s))
         layers = math.ceil(num_layers / turns)  # even pieces
         gap_s = decode_s + layer_s * layers + head_s
-        num_steps = turns + (not load.is_chunk_open)  # one before the first piece
+        num_steps = turns + (not load.open_tokens)  # one before the first piece
         alike_s = self.cost.prefill_s(load.like_first(chunk, self.max_prefill_tokens), sms)
         rate = chunk.num_tokens / (alike_s + num_steps * decode_s)
         promise = {"step_s": gap_s, "decode_s": decode_s, "is_unmeetable": is_forced}

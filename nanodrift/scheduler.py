@@ -204,7 +204,8 @@ class Scheduler:
         num_tokens, start = sum(n for n, _ in prompts), prompts[0][1] if prompts else 0
         tbt_s = self._tbt_s - self._waited_s if self._decode.batch else math.inf
         flags = self._flight.is_merging, self._flight.has_split_since(self._flight.step_end_s - RECOVERY_S)
-        load = Load(self._decode, tbt_s, num_tokens, start, bool(self._open), prompts, *flags)
+        open_tokens = sum(len(s.token_ids) for s in self._open[-1].slices) if self._open else 0
+        load = Load(self._decode, tbt_s, num_tokens, start, open_tokens, prompts, *flags)
         self.decision = self.policy.choose(load, self.decision)
         if self.decision.mode is Mode.SPLIT:
             self._split_step_s[self.decision.partition] = self.decision.decode_s

@@ -217,7 +217,7 @@ class Tour:
             return self.dispatcher.choose(load, current)
         self.num_asked += 1
         partition = self.dispatcher.splits[self.num_asked // 16 % len(self.dispatcher.splits)]
-        if self.num_asked // 4 % 2 and not load.is_chunk_open:
+        if self.num_asked // 4 % 2 and not load.open_tokens:
             return self.dispatcher.fused_at(load, partition, 512)
         return self.dispatcher.split_at(load, partition)
 

@@ -42,7 +42,7 @@ class Recorder:
 
     def choose(self, load: Load, current: Decision | None = None) -> Decision:
         decision = self.policy.choose(load, current)
-        if load.decode.batch and load.prompt_tokens and not load.is_chunk_open:
+        if load.decode.batch and load.prompt_tokens and not load.open_tokens:
             self.moments.append(Moment(self.clock.now(), load, decision))
         return decision
 

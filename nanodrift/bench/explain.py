@@ -134,7 +134,7 @@ def reason(load: Load, decision: Decision, offers: dict[Mode, Decision]) -> str:
         return "no prompt waits"
     if decision.is_unmeetable:
         return "the TBT cannot be met: decode first, prefill gets its least share"
-    if load.is_chunk_open and decision.mode is not Mode.FUSED:
+    if load.open_tokens and decision.mode is not Mode.FUSED:
         return "a chunk is on its way through the layers"
     if len(offers) == 1:
         return "nothing else keeps the TBT"
