@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
 from nanodrift.decision import Decision, Load, Mode
@@ -96,11 +95,8 @@ class Dispatcher:
         Where the end of a prompt does not fit, a chunk that stops short of it.
         """
         found = self._first_split(load, self.splits, load.tbt_s)
-        to_end = (load.prompts[0][0] if load.prompts else load.prompt_tokens) - END_TOKENS
-        if found or load.open_tokens or to_end <= 0:
-            return found
-        short = replace(load, open_tokens=min(to_end, self.max_prefill_tokens))
-        return self._first_split(short, self.splits, load.tbt_s)
+        short = None if found else load.short_of_end(END_TOKENS, self.max_prefill_tokens)
+        return self._first_split(short, self.splits, load.tbt_s) if short else found
 
     def _first_split(self, load: Load, partitions: Iterable[Partition], most_s: float) -> Decision | None:
         """On the first partition whose longest gap is at most ``most_s``."""

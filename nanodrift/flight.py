@@ -26,6 +26,10 @@ class Chunk:
     new_blocks: tuple[NewBlocks, ...]
     next_layer: int = 0
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(piece.token_ids) for piece in self.slices)
+
 
 class Flight:
     """Tickets that were launched and are not done, in launch order."""

@@ -204,7 +204,7 @@ class Scheduler:
         num_tokens, start = sum(n for n, _ in prompts), prompts[0][1] if prompts else 0
         tbt_s = self._tbt_s - self._waited_s if self._decode.batch else math.inf
         flags = self._flight.is_merging, self._flight.has_split_since(self._flight.step_end_s - RECOVERY_S)
-        open_tokens = sum(len(s.token_ids) for s in self._open[-1].slices) if self._open else 0
+        open_tokens = self._open[-1].num_tokens if self._open else 0
         load = Load(self._decode, tbt_s, num_tokens, start, open_tokens, prompts, *flags)
         self.decision = self.policy.choose(load, self.decision)
         if self.decision.mode is Mode.SPLIT:
@@ -417,8 +417,7 @@ class Scheduler:
             return None
         if self._open:  # it need wait for the rest of this chunk only, and would have to make one of its own
             chunk = self._open[-1]
-            num_tokens = sum(len(s.token_ids) for s in chunk.slices)
-            num_ahead = num_tokens * (self.num_layers - chunk.next_layer) / self.num_layers
+            num_ahead = chunk.num_tokens * (self.num_layers - chunk.next_layer) / self.num_layers
         else:
             num_ahead = sum(r.num_tokens - r.num_computed_tokens for r in self.prefilling)
         if (self._open and request.num_new_tokens > self.max_prefill_tokens) or not self._fits(request):
