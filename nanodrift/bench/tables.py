@@ -6,11 +6,11 @@ A pair of comments names what stands between them, and ``python bench.py tables`
     <!-- /table -->
 
 Kinds: ``decode`` and ``prefill`` (a latency run, and peers to stand beside it), ``throughput`` (any number of runs),
-``serve`` (the server's start-up and streams), ``policies`` (the points of a sweep, then the policies to show),
-``campaign`` (sweeps, each by its sweep.json and its points: what each kind of policy carries),
-``memory`` (a trace with the prefix cache and without, a long prompt among users), ``online`` (arrival lists that peers
-were measured on, collected by bench.py peers), ``conditions`` (what runs and peers were measured on), ``kernels`` (rows
-of bench.py kernels beside limit and library), ``figure`` (decode and prefill drawn as results/<run>.svg).
+``serve`` (the server's start-up and streams), ``campaign`` (sweeps, each by its sweep.json and its points: what each
+kind of policy carries), ``memory`` (a trace with the prefix cache and without, a long prompt among users), ``online``
+(arrival lists that peers were measured on, collected by bench.py peers), ``conditions`` (what runs and peers were
+measured on), ``kernels`` (rows of bench.py kernels beside limit and library), ``figure`` (decode and prefill drawn as
+results/<run>.svg).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def regenerate(root: Path) -> dict[Path, str]:
 
     def fill(match: re.Match) -> str:
         opening, kind, names, _, closing = match.groups()
-        runs = [read(root / name) if ".json" in name else name.split(",") for name in names.split()]
+        runs = [read(root / name) for name in names.split()]
         if kind == "figure":
             path = (root / names.split()[0]).with_suffix(".svg")
             files[path] = figure(*runs)
@@ -152,27 +152,6 @@ def online_table(ours: dict, peers: dict) -> str:
     return lines + "".join(f"\n{name}: {peer['options']}.\n" for name, peer in peers["engines"].items())
 
 
-def policies_table(points: list[dict], policies: list[str] | None = None) -> str:
-    """A row a policy (and rate), its figures under each TBT promise beside each other; equal ones once."""
-    points = [point for point in points if not policies or point["policy"] in policies]
-    promises = sorted({point["slo"]["tbt_ms"] for point in points})
-    has_rates = len({point["rate"] for point in points}) > 1
-    names = [f"`{point['policy']}`" + f" at {point['rate']}/s" * has_rates for point in points]
-    found = {(name, point["slo"]["tbt_ms"]): point for name, point in zip(names, points, strict=True)}
-    columns = {
-        "good": lambda p: f"{p['slo_attainment']:.0%}",
-        "P50 TTFT ms": lambda p: f"{p['median_ttft_ms']:,.0f}",
-        "P99 TTFT ms": lambda p: f"{p['p99_ttft_ms']:,.0f}",
-        "P99 TBT ms": lambda p: f"{p['p99_tbt_ms']:,.1f}",
-        "longest gap ms": lambda p: f"{p['max_tbt_ms']:,.1f}",
-    }
-    rows = []
-    for name in dict.fromkeys(names):
-        cells = [[text(found[name, tbt_ms]) for tbt_ms in promises] for text in columns.values()]
-        rows.append([name, *(" / ".join(dict.fromkeys(c) if len(set(c)) == 1 else c) for c in cells)])
-    return markdown([f"policy, TBT promised: {' / '.join(f'{tbt_ms:g}' for tbt_ms in promises)} ms", *columns], rows)
-
-
 KINDS_OF_POLICY = {  # a column each in ``campaign_table``; of several policies the best
     "`mux`": lambda name: name == "mux",
     "`chunked-auto`": lambda name: name == "chunked-auto",
@@ -263,7 +242,6 @@ def kernels_table(run: dict) -> str:
 
 KINDS = {
     "kernels": kernels_table,
-    "policies": policies_table,
     "campaign": campaign_table,
     "memory": memory_table,
     "online": online_table,
