@@ -120,6 +120,8 @@ def read_profile(path: str | Path) -> Profile:
             key: curve(value) if key.endswith(("_per_s", "_clock")) else value for key, value in dict(raw).items()
         }
         values["passes"] = tuple((num_tokens, curve(points)) for num_tokens, points in raw["passes"])
+        if any(len(row) != len(Cell._fields) + 4 for row in raw["factors"]):  # lane, cell, mean, worst, samples
+            raise ValueError("its factors belong to other cells")
         return Profile(**values | {"factors": tuple(map(tuple, raw["factors"]))})
     except (OSError, TypeError, KeyError, ValueError) as error:
         raise ConfigError(

@@ -192,6 +192,15 @@ def test_what_is_no_profile_is_refused_by_name(tmp_path, text):
         read_profile(tmp_path / "absent.json")
 
 
+def test_a_profile_with_the_cells_of_an_earlier_version_is_refused(tmp_path):
+    """Read as it stands, a field would be taken for its neighbour."""
+    raw = json.loads(next((ROOT / "nanodrift" / "profiles").glob("*.json")).read_text())
+    raw["factors"] = [row[:5] + row[6:] for row in raw["factors"]]
+    (tmp_path / "old.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=r"old\.json.*other cells.*calibrate"):
+        read_profile(tmp_path / "old.json")
+
+
 def test_the_guard_starts_from_the_profile():
     rows = [("decode", sms, batch, 7, 6, prefix, False, *seen, 90) for sms, batch, prefix, *seen in
             ((32, 5, 0, 1.2, 1.3), (32, 7, 0, 1.4, 1.6), (64, 5, 0, 1.1, 1.4), (32, 7, 3, 1.5, 1.9))]  # fmt: skip
