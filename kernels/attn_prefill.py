@@ -13,11 +13,12 @@ it has finished one, the longest of a request first; two small programs on an SM
 of twice the size.
 
 Few tiles, each over a long context, would fill a last round of programs in part: 256 tiles take as long on 200 programs
-as 400. So, given scratch, a launch of at most MAX_TILES tiles may cut them along the keys. `choose_cut` says into how
-many parts, and from how many cached blocks on that pays; which requests have as many is found on the device, where a
-tile also counts as long if it has more than twice as many keys as there are for each program. The k-th part from the
-end begins at 1 - (k / n) ** 2 of the tile's blocks: four are 7, 5, 3 and 1 sixteenths. First all tiles left whole are
-drawn, then the first parts of all others, then their second parts; what comes last is small, so programs end together.
+as 400. So, given scratch, a launch of at most MAX_TILES tiles may cut them along the keys. `choose_cut` says from how
+many cached blocks on that pays; which requests have as many is found on the device, where a tile also counts as long if
+it has more than twice as many keys as there are for each program: the end of a long prompt beside the head of another.
+A tile that is cut gets parts of two thirds of a program's share. The k-th part from the end begins at 1 - (k / n) ** 2
+of the tile's blocks: four are 7, 5, 3 and 1 sixteenths. First all tiles left whole are drawn, then the first parts of
+all others, then their second parts; what comes last is small, so programs end together.
 A part leaves its sums (o, m, l) in scratch, 32.5 KiB at D = 128, and the program that brings a tile's last part adds
 them up in the order of the keys: a launch on as many SMs gives the same bits.
 
@@ -49,6 +50,7 @@ BLOCK_M = 64  # rows of a tile; half of it without bulk copies
 PART_BLOCKS = 16  # cached for each part, on average; with fewer than FEWEST_PARTS a tile is left whole
 FEWEST_PARTS, MOST_PARTS = 3, 8  # of a tile
 PART_COST = 10  # of a part to its program: as long as so many blocks take
+CUT_ROUND = 0.7  # of a round: so few tiles are always cut
 MAX_PARTS = 1536  # of all tiles of a launch: what scratch holds
 MAX_TILES = 1280  # of a launch that cuts any, 2,048 tokens of most models; with more, one round lost is little
 NEVER = 1 << 24  # cached blocks
@@ -154,15 +156,25 @@ def _measure(query_starts, context_lens, num_requests, TILE_QUERIES: tl.constexp
 
 
 @triton.jit
+def _count_parts(cached, share, PART_KEYS: tl.constexpr, FEWEST: tl.constexpr, MOST: tl.constexpr):
+    """Of a tile that is cut: two thirds of a program's share each, if that is long enough to be worth it."""
+    return tl.minimum(tl.minimum(cached // PART_KEYS, tl.maximum(cached * 3 // (2 * share), FEWEST)), MOST)
+
+
+@triton.jit
 def _lay_out(
-    query_starts, context_lens, num_requests, most_parts, least_keys, max_split,
-    TILE_QUERIES: tl.constexpr, SEARCH: tl.constexpr, PART_KEYS: tl.constexpr,
+    query_starts, context_lens, num_requests, share, least_keys,
+    TILE_QUERIES: tl.constexpr, SEARCH: tl.constexpr, PART_KEYS: tl.constexpr, FEWEST: tl.constexpr,
+    MOST: tl.constexpr, MAX_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Where each request's tiles end among those left whole, and among those that are cut; the most parts of any."""
+    """Where each request's tiles end among those left whole, and among those that are cut, and where its parts begin;
+    the most parts of any tile. Of one KV head; what MAX_PARTS has no room for is left whole."""
     tiles, _, cached = _measure(query_starts, context_lens, num_requests, TILE_QUERIES, SEARCH)
-    parts = tl.where(cached >= least_keys, tl.minimum(cached // PART_KEYS, most_parts), 0)
-    split_ends = tl.minimum(tl.cumsum(tl.where(parts > 0, tiles, 0), 0), max_split)
-    return tl.cumsum(tiles, 0) - split_ends, split_ends, tl.max(parts, 0)
+    parts = tl.where(cached >= least_keys, _count_parts(cached, share, PART_KEYS, FEWEST, MOST), 0)
+    first_parts = tl.cumsum(tiles * parts, 0) - tiles * parts
+    room = tl.maximum(MAX_PARTS - first_parts, 0) // tl.maximum(parts, 1)
+    split_ends = tl.cumsum(tl.where(parts > 0, tl.minimum(tiles, room), 0), 0)
+    return tl.cumsum(tiles, 0) - split_ends, split_ends, first_parts, tl.max(parts, 0)
 
 
 @triton.jit
@@ -193,14 +205,14 @@ def _merge(first, num_parts, partial_o, partial_m, partial_l, BLOCK_M: tl.conste
     return total / total_sum[:, None]
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_tiles", "max_blocks", "most_parts", "least_keys", "max_split"])
+@triton.jit(do_not_specialize=["num_requests", "num_tiles", "max_blocks", "least_keys"])
 def _attn_prefill_kernel(
     q_ptr, k_cache, v_cache, block_table, rows, query_starts, context_lens, out_ptr, tiles_taken,
     partial_o, partial_m, partial_l, arrivals,
-    num_requests, num_tiles, max_blocks, most_parts, least_keys, max_split, qk_scale,
+    num_requests, num_tiles, max_blocks, least_keys, qk_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, SEARCH: tl.constexpr, BULK: tl.constexpr, SPLIT: tl.constexpr, PART_KEYS: tl.constexpr,
-    SHORTEST: tl.constexpr,
+    FEWEST: tl.constexpr, MOST: tl.constexpr, MAX_PARTS: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TILE_QUERIES: tl.constexpr = BLOCK_M // GROUP
@@ -212,20 +224,21 @@ def _attn_prefill_kernel(
     if SPLIT:  # steps: tiles left whole, then the first parts of all others, then their second parts, ...
         all_tiles, all_queries, all_cached = _measure(query_starts, context_lens, num_requests, TILE_QUERIES, SEARCH)
         keys = tl.sum(all_tiles * (all_cached + all_queries // 2), 0) * KV_HEADS
-        share = keys // tl.num_programs(0)  # of each program, were they spread evenly: twice that is long
-        least_keys = tl.minimum(least_keys, tl.maximum(2 * share, SHORTEST))
-        whole_ends, split_ends, num_rounds = _lay_out(
-            query_starts, context_lens, num_requests, most_parts, least_keys, max_split, TILE_QUERIES, SEARCH, PART_KEYS
-        )
+        share = tl.maximum(keys // tl.num_programs(0), 1)  # of each program, were they spread evenly: twice it is long
+        least_keys = tl.minimum(least_keys, tl.maximum(2 * share, FEWEST * PART_KEYS))
+        whole_ends, split_ends, first_parts, num_rounds = _lay_out(
+            query_starts, context_lens, num_requests, share, least_keys, TILE_QUERIES, SEARCH, PART_KEYS, FEWEST, MOST,
+            MAX_PARTS,
+        )  # fmt: skip
         num_tiles = (tl.max(whole_ends, 0) + tl.max(split_ends, 0) * num_rounds) * KV_HEADS
 
     step = tl.program_id(0)
     while step < num_tiles:
         kv_head = step % KV_HEADS
         if SPLIT:  # Map: laid out again for each, since there are no registers to keep it in
-            whole_ends, split_ends, _ = _lay_out(
-                query_starts, context_lens, num_requests, most_parts, least_keys, max_split, TILE_QUERIES, SEARCH,
-                PART_KEYS,
+            whole_ends, split_ends, first_parts, num_rounds = _lay_out(
+                query_starts, context_lens, num_requests, share, least_keys, TILE_QUERIES, SEARCH, PART_KEYS, FEWEST,
+                MOST, MAX_PARTS,
             )  # fmt: skip
             num_whole, num_split = tl.max(whole_ends, 0), tl.maximum(tl.max(split_ends, 0), 1)
             tile = step // KV_HEADS
@@ -241,8 +254,10 @@ def _attn_prefill_kernel(
             own_tile = tl.where(is_split, tile - before, num_cut + after - 1 - tile)  # the longest of a request first
             first_token = tl.load(query_starts + request)
             num_queries = tl.load(query_starts + request + 1) - first_token
-            num_parts = tl.minimum((tl.load(context_lens + request) - num_queries) // PART_KEYS, most_parts)
-            num_parts = tl.where(is_split, num_parts, 1)
+            own_cached = tl.load(context_lens + request) - num_queries
+            num_parts = tl.where(is_split, _count_parts(own_cached, share, PART_KEYS, FEWEST, MOST), 1)
+            slot = tl.sum(tl.where(candidates == request, first_parts, 0)) + own_tile * num_parts
+            slot = slot * KV_HEADS + kv_head * num_parts  # of the tile's first part
             first_query = tl.where(part < num_parts, own_tile * TILE_QUERIES, num_queries)
         else:  # Map: request r owns the tiles from query_starts[r] // TILE_QUERIES + r on, which is never too few
             is_split: tl.constexpr = False
@@ -299,7 +314,6 @@ def _attn_prefill_kernel(
 
             # Store: the result; or a part of it, and who brings the last part merges all.
             if is_split:
-                slot = (tile * KV_HEADS + kv_head) * most_parts
                 part_rows = (slot + part) * BLOCK_M + tile_rows
                 tl.store(partial_o + part_rows[:, None] * HEAD_DIM + dims[None, :], acc)
                 tl.store(partial_m + part_rows, row_max)
@@ -330,19 +344,19 @@ def prefill_scratch_shape(head_dim):
 
 
 def choose_cut(num_tiles, num_programs):
-    """-> (parts of a tile at most, cached blocks from which on tiles are cut) for so many tiles of equal length.
+    """-> cached blocks from which on tiles are cut, for so many tiles of equal length.
 
-    Up to half a round: as many parts as there are programs. In the last of several rounds it must gain more than the
-    parts cost. What fills most of one round is left whole.
+    Where they leave much of one round idle, all that are long enough. In the last of several rounds it must gain more
+    than the parts cost. What fills most of one round is left whole.
     """
     num_rounds = num_tiles / num_programs
-    if num_rounds <= 0.5:
-        return min(max(num_programs // max(num_tiles, 1), FEWEST_PARTS), MOST_PARTS), FEWEST_PARTS * PART_BLOCKS
+    if num_rounds <= CUT_ROUND:
+        return FEWEST_PARTS * PART_BLOCKS
     idle = math.ceil(num_rounds) - num_rounds  # of the last round
     if num_rounds <= 1 or idle == 0:
-        return FEWEST_PARTS, NEVER
+        return NEVER
     cost = math.ceil(num_rounds * FEWEST_PARTS * PART_COST / idle)
-    return FEWEST_PARTS, min(max(cost, FEWEST_PARTS * PART_BLOCKS), NEVER)
+    return min(max(cost, FEWEST_PARTS * PART_BLOCKS), NEVER)
 
 
 def attn_prefill(
@@ -383,17 +397,16 @@ def attn_prefill(
     if counter is None:
         counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     is_split = scratch is not None and num_tiles <= MAX_TILES and num_requests <= MAX_REQUESTS
-    parts, most_parts, least_blocks, num_programs = (None,) * 4, 1, NEVER, num_sms * PROGRAMS_PER_SM
+    parts, least_blocks, num_programs = (None,) * 4, NEVER, num_sms * PROGRAMS_PER_SM
     if is_split:
         parts = scratch.split([MAX_PARTS * size for size in (BLOCK_M * head_dim, BLOCK_M, BLOCK_M, 1)])
-        most_parts, least_blocks = choose_cut(num_tiles - num_requests * num_kv_heads, num_programs)
-    _attn_prefill_kernel[(min(num_programs, num_tiles * most_parts),)](
+        least_blocks = choose_cut(num_tiles - num_requests * num_kv_heads, num_programs)
+    _attn_prefill_kernel[(min(num_programs, num_tiles * (MOST_PARTS if is_split else 1)),)](
         q, k_cache, v_cache, block_table, rows, query_starts, context_lens, out, counter, *parts,
-        num_requests, num_tiles, block_table.stride(0), most_parts, least_blocks * BLOCK_SIZE,
-        MAX_PARTS // (most_parts * num_kv_heads), scale * LOG2_E,
+        num_requests, num_tiles, block_table.stride(0), least_blocks * BLOCK_SIZE, scale * LOG2_E,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK=BLOCK_SIZE, BLOCK_M=block_m,
         SEARCH=MAX_REQUESTS if is_split else 256, BULK=bulk, SPLIT=is_split, PART_KEYS=PART_BLOCKS * BLOCK_SIZE,
-        SHORTEST=FEWEST_PARTS * PART_BLOCKS * BLOCK_SIZE,
+        FEWEST=FEWEST_PARTS, MOST=MOST_PARTS, MAX_PARTS=MAX_PARTS // num_kv_heads,
         num_warps=4, num_stages=num_stages,
     )  # fmt: skip
     return out

@@ -51,8 +51,12 @@ SHAPE = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_
          "is_head_tied")  # what of a model decides its times  # fmt: skip
 ANY_SMS = 0  # as an SM count: learned from all of them, for one where nothing ran yet
 ALONE_SHARE, BESIDE_SHARE = 0.1, 0.75  # of a step's time beside the other lane: at most, at least
-ATTENTION_ROWS_PER_SM = 96  # query rows, all heads counted, that keep an SM busy in prefill attention
-CUT_TOKENS, CUT_SHARE = 3072, 0.28  # over longer contexts few tiles are cut, at the cost of this share of such rows
+# Prefill attention, as kernels/attn_prefill.py goes about it.
+ATTENTION_ROWS_PER_SM = 128  # query rows, all heads counted, at work at a time
+LONE_TILE = 0.95  # of a tile's time, where SMs are filled in part
+TILE_TOKENS = 16  # tokens of a tile, for most models; a slice's last tile may hold fewer
+CUT_ROUND, CUT_TOKENS = 0.7, 3072  # tiles of at most so many rounds, over at least so long contexts, are all cut
+MAX_PARTS, PART_TOKENS = 8, 512  # of a tile; of context, what a part takes beyond its work
 RECOVERY_S = 0.03  # until the clock is back up after a split
 
 
@@ -170,7 +174,7 @@ class PrefillLoad(NamedTuple):
     num_tokens: int = 0
     num_pairs: float = 0.0  # query-key pairs: sum of n^2 / 2 + n r
     num_sampled: int = 0
-    num_prefix_pairs: float = 0.0  # of the pairs, those with what came before: sum of n r
+    num_prefix_pairs: float = 0.0  # of the pairs, those with what came before: sum of n r, n in whole tiles
     longest: int = 0  # context that a query sees
 
     @classmethod
@@ -187,7 +191,7 @@ class PrefillLoad(NamedTuple):
         for n, start in parts:
             num_tokens += n
             num_causal += n * n / 2
-            num_prefix += n * start
+            num_prefix += -(-n // TILE_TOKENS) * TILE_TOKENS * start
             longest = max(longest, n + start)
         return cls(num_tokens, num_causal + num_prefix, num_sampled, num_prefix, longest)
 
@@ -249,7 +253,7 @@ class CostModel:
     def prefill_s(self, load: PrefillLoad, num_sms: int) -> float:
         """A token chunk through all layers, and the head for the prompts that end in it."""
         device_s = self._pass_s(padded_tokens(load.num_tokens), load.num_sampled, num_sms)
-        device_s += self._prefill_attention_s(load, num_sms)
+        device_s += self._prefill_attention_s(load, padded_tokens(load.num_tokens), num_sms)
         return self.scale(PrefillWork, num_sms) * max(device_s, self.profile.host_launch_s * self.num_layers)
 
     def decode_s(self, load: DecodeLoad, num_sms: int) -> float:
@@ -262,7 +266,8 @@ class CostModel:
         whole = self.profile.num_sms
         num_tokens = padded_tokens(prefill.num_tokens + decode.batch, is_fused=True)
         rest_s = self._pass_s(num_tokens, prefill.num_sampled + decode.batch, whole) + self.profile.fused_overhead_s
-        attentions = self._prefill_attention_s(prefill, prefill_sms), self._decode_attention_s(decode, decode_sms)
+        prefill_s = self._prefill_attention_s(prefill, num_tokens, prefill_sms)
+        attentions = prefill_s, self._decode_attention_s(decode, decode_sms)
         if prefill_sms + decode_sms > whole:
             attention_s = sum(attentions)
         else:
@@ -321,11 +326,18 @@ class CostModel:
         head_s = self._head_share * self.products_s(num_sampled, num_sms)
         return self.products_s(num_tokens, num_sms) + head_s + self.profile.step_overhead_s
 
-    def _prefill_attention_s(self, load: PrefillLoad, num_sms: int) -> float:
+    def _prefill_attention_s(self, load: PrefillLoad, num_rows: int, num_sms: int) -> float:
+        """Of a launch for ``num_rows`` tokens: all its work spread evenly, or its longest tile, or part of that."""
         site = self._at(num_sms)
-        full_s = (load.num_pairs - load.num_prefix_pairs) * site.causal_s + load.num_prefix_pairs * site.prefix_s
-        idle_s = site.full_tokens * load.longest * site.prefix_s  # few tokens leave SMs idle
-        return max(full_s, min(idle_s, full_s + CUT_SHARE * idle_s) if load.longest > CUT_TOKENS else idle_s)
+        even_s = (load.num_pairs - load.num_prefix_pairs) * site.causal_s + load.num_prefix_pairs * site.prefix_s
+        share = max(load.num_pairs / site.full_tokens, 1.0)  # keys of each program
+        parts = min(max(1.5 * load.longest / share, 3), MAX_PARTS, max(load.longest / CUT_TOKENS, 1) * 3)
+        longest = load.longest * (2 * parts - 1) / parts**2 + PART_TOKENS
+        if num_rows <= CUT_ROUND * site.full_tokens and load.longest >= CUT_TOKENS:
+            even_s += parts * PART_TOKENS * load.num_prefix_pairs / load.longest * site.prefix_s
+        elif load.longest < max(2 * share, CUT_TOKENS):
+            longest = load.longest
+        return max(even_s, LONE_TILE * longest * site.full_tokens * site.prefix_s)
 
     def _decode_attention_s(self, load: DecodeLoad, num_sms: int) -> float:
         return (load.context_tokens + self.profile.kv_start_tokens * load.batch) * self._at(num_sms).kv_s

@@ -16,8 +16,12 @@ from nanodrift.bench import map as sharing
 from nanodrift.bench.windows import Driver
 from nanodrift.config import SLO, ConfigError, ModelConfig
 from nanodrift.cost import (
-    CUT_SHARE,
+    ATTENTION_ROWS_PER_SM,
+    CUT_ROUND,
     CUT_TOKENS,
+    LONE_TILE,
+    MAX_PARTS,
+    PART_TOKENS,
     RECOVERY_S,
     Cell,
     CostModel,
@@ -119,13 +123,23 @@ def test_attention_of_prefill_counts_what_came_before_and_idle_sms():
     flops = 4 * 4096 * 32
     assert attention_s(2048, 0) == pytest.approx(2048**2 / 2 * flops / 1e14)
     assert attention_s(2048, 8192) - attention_s(2048, 0) == pytest.approx(2048 * 8192 * flops / 2e14)
-    few_s = 396 * (2000 + 100) * flops / 2e14  # a tile of 100 tokens walks as far as one of many
-    assert attention_s(100, 2000) == pytest.approx(few_s), "396 tokens would keep 132 SMs busy"
-    cut_s = (100 * 8192 / 2e14 + 100**2 / 2 / 1e14 + CUT_SHARE * 396 * (8192 + 100) / 2e14) * flops
-    assert attention_s(100, 8192) == pytest.approx(cut_s), "over long contexts tiles are cut, so SMs have work"
-    assert CUT_TOKENS == attn_prefill.choose_cut(64, 264)[1] * attn_prefill.BLOCK_SIZE
+    full, per_pair_s = LONE_TILE * 132 * ATTENTION_ROWS_PER_SM / 32, flops / 2e14
+    few_s = full * (2000 + 100) * per_pair_s  # a tile of 100 tokens walks as far as one of many
+    assert attention_s(100, 2000) == pytest.approx(few_s), "528 tokens would keep 132 SMs busy"
     two = PrefillLoad.of_parts(((100, 2000), (296, 0)))
     assert cost.prefill_s(two, 132) - cost.prefill_s(PrefillLoad(396), 132) == pytest.approx(few_s)
+    cut_s = full * ((8192 + 100) * 13 / 49 + PART_TOKENS) * per_pair_s  # the first of about 7 parts
+    assert attention_s(100, 8192) == pytest.approx(cut_s, rel=0.05), "over long contexts tiles are cut"
+    most_s = full * ((28_000 + 1) * 15 / 64 + PART_TOKENS) * per_pair_s
+    tail = PrefillLoad.of_parts(((1, 28_000), (400, 0)))  # the end of a prompt beside the head of the next
+    assert cost.prefill_s(tail, 132) - cost.prefill_s(PrefillLoad(401), 132) == pytest.approx(most_s, rel=1e-3)
+    assert attention_s(480, 8192) == pytest.approx(full * (8192 + 480) * per_pair_s), "most of a round is left whole"
+
+
+def test_the_cost_model_knows_which_tiles_the_kernel_cuts():
+    assert CUT_ROUND == attn_prefill.CUT_ROUND
+    assert CUT_TOKENS == attn_prefill.FEWEST_PARTS * attn_prefill.PART_BLOCKS * attn_prefill.BLOCK_SIZE
+    assert MAX_PARTS == attn_prefill.MOST_PARTS
 
 
 def test_decode_attention_counts_context_and_requests():
@@ -300,7 +314,7 @@ def test_fused_steps_soon_after_a_split_have_cells_of_their_own():
     for _ in range(3):
         observer.observe(completion(prefill(last=8), SPLIT, at_s, 0.01))
         observer.observe(completion(fused, WHOLE, at_s + 0.01, 1.3 * solo_s))
-        observer.observe(completion(fused, WHOLE, at_s + 0.01 + RECOVERY_S, solo_s))
+        observer.observe(completion(fused, WHOLE, at_s + 0.01 + 2 * RECOVERY_S, solo_s))
         at_s += 1.0
     assert guard.factor(Lane.DECODE, behind).mean == pytest.approx(1.3, rel=0.02)
     assert guard.factor(Lane.DECODE, cell).mean == pytest.approx(1.0, rel=0.02)

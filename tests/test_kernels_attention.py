@@ -174,7 +174,7 @@ def small_parts(monkeypatch):
     """Cut on any number of SMs, at contexts that an interpreter can walk through: three parts from 1,152 keys on."""
     for name, value in {"PART_BLOCKS": 6, "MOST_PARTS": 3}.items():
         monkeypatch.setattr(prefill, name, value)
-    monkeypatch.setattr(prefill, "choose_cut", lambda *_: (prefill.MOST_PARTS, 3 * prefill.PART_BLOCKS))
+    monkeypatch.setattr(prefill, "choose_cut", lambda *_: 3 * prefill.PART_BLOCKS)
 
 
 class Parts:
@@ -224,9 +224,27 @@ def test_prefill_in_three_and_four_parts_in_half_precision(small_parts, monkeypa
     torch.manual_seed(0)
     args, options = prefill_case([5, 9], [2047, 2048], 7, 1, 128, torch.float16)
     parts = Parts(128)
-    result = prefill.attn_prefill(*args, **options, **parts.memory, num_sms=2)
+    result = prefill.attn_prefill(*args, **options, **parts.memory, num_sms=200)
     assert relative(result, prefill.attn_prefill_reference(*args, **options)) < TOLERANCE[torch.float16]
     assert parts.num_written() == 3 + 4 and parts.is_ready()
+
+
+@pytest.mark.parametrize("queries, cached, num_sms, num_parts", [
+    ([4], [2500], 200, 5),  # alone: as many as may be
+    ([4, 4], [2500, 2500], 2, 3 + 3),  # equals on four programs: a share is half of one
+    ([4, 200], [2500, 60], 2, 4),  # long beside the rest: a share is 0.36 of it
+    ([4, 8], [2500, 60], 3, 5),  # and here 0.17
+])  # fmt: skip
+def test_prefill_parts_follow_what_each_program_has_to_do(
+    small_parts, monkeypatch, queries, cached, num_sms, num_parts
+):
+    monkeypatch.setattr(prefill, "MOST_PARTS", 5)
+    torch.manual_seed(0)
+    args, options = prefill_case(queries, cached, 2, 1, 64, torch.float32)
+    parts = Parts(64)
+    result = prefill.attn_prefill(*args, **options, **parts.memory, num_sms=num_sms)
+    assert relative(result, prefill.attn_prefill_reference(*args, **options)) < 2e-6
+    assert parts.num_written() == num_parts and parts.is_ready()
 
 
 def test_prefill_parts_survive_large_scores(small_parts):
@@ -255,7 +273,7 @@ def test_prefill_cuts_no_more_tiles_than_scratch_holds(small_parts, monkeypatch,
 @pytest.mark.parametrize("num_sms, num_written", [(2, 3), (1, 0)])
 def test_prefill_cuts_what_is_long_beside_the_rest(small_parts, monkeypatch, num_sms, num_written):
     """1,203 + 3 x 44 keys are 333 for each of four programs and 667 for each of two: more than twice that is long."""
-    monkeypatch.setattr(prefill, "choose_cut", lambda *_: (3, prefill.NEVER))  # the rounds give no reason
+    monkeypatch.setattr(prefill, "choose_cut", lambda *_: prefill.NEVER)  # the rounds give no reason
     monkeypatch.setattr(prefill, "FEWEST_PARTS", 3)
     torch.manual_seed(0)
     args, options = prefill_case([5, 9, 9, 9], [1200, 40, 40, 40], 2, 1, 64, torch.float32)
@@ -295,18 +313,12 @@ def test_prefill_parts_shrink_and_leave_every_row_a_key():
 
 
 def test_prefill_tiles_are_cut_where_the_last_round_leaves_programs_idle():
-    never = (3, prefill.NEVER)
-    assert prefill.choose_cut(32, 264) == (8, 48), "64 tokens of 8 KV heads: as many parts as there are programs"
-    assert prefill.choose_cut(64, 264) == (4, 48)
-    assert prefill.choose_cut(128, 264) == (3, 48)
-    assert prefill.choose_cut(240, 264) == prefill.choose_cut(264, 264) == prefill.choose_cut(528, 264) == never
-    assert prefill.choose_cut(256, 200) == (3, 54), "a quarter of the second round is in use"
-    assert prefill.choose_cut(256, 136) == (3, 480), "most of it is: what is left pays for parts at 31k keys"
-    assert prefill.choose_cut(1024, 264)[1] > prefill.choose_cut(1024, 232)[1] == 226
-    assert prefill.choose_cut(0, 264)[0] == 8
-    for num_tiles in range(1, 1281):
-        most_parts, least_blocks = prefill.choose_cut(num_tiles, 264)
-        assert 3 <= most_parts <= prefill.MOST_PARTS and least_blocks >= 3 * prefill.PART_BLOCKS
+    assert prefill.choose_cut(32, 264) == prefill.choose_cut(160, 264) == prefill.choose_cut(0, 264) == 48
+    assert {prefill.choose_cut(num_tiles, 264) for num_tiles in (200, 240, 264, 528)} == {prefill.NEVER}
+    assert prefill.choose_cut(256, 200) == 54, "a quarter of the second round is in use"
+    assert prefill.choose_cut(256, 136) == 480, "most of it is: what is left pays for parts at 31k keys"
+    assert prefill.choose_cut(1024, 264) > prefill.choose_cut(1024, 232) == 226
+    assert all(prefill.choose_cut(num_tiles, 264) >= 3 * prefill.PART_BLOCKS for num_tiles in range(1, 1281))
 
 
 def test_prefill_in_parts_only_where_a_lane_is_not_deterministic(small_parts):

@@ -33,6 +33,7 @@ from nanodrift.bench.windows import Driver, Shape
 from nanodrift.config import ConfigError, ModelConfig
 from nanodrift.cost import (
     ATTENTION_ROWS_PER_SM,
+    LONE_TILE,
     SHAPE,
     Cell,
     CostModel,
@@ -135,7 +136,7 @@ def fit(rows: list[dict], config: ModelConfig, num_sms: int, about: dict) -> Pro
     for (sms, prompts), chunk_s in seen.items():
         (n, start), *others = prompts
         if start == 0 and not others and sms not in passes[n]:
-            full_tokens = sms * ATTENTION_ROWS_PER_SM / config.num_heads
+            full_tokens = LONE_TILE * sms * ATTENTION_ROWS_PER_SM / config.num_heads
             attention_s = flops_per_pair * n * max(n / 2 / causal[sms], full_tokens / prefix[sms])  # as cost.py has it
             passes[n][sms] = chunk_s - attention_s
     passes[4 * K] = {
@@ -190,7 +191,8 @@ def _fit_fused(profile: Profile, config: ModelConfig, rows: list[dict]) -> Profi
     model, shares = CostModel(config, replace(profile, beside_share=0.0)), []
     for row in rows:
         prefill, decode = loads(row)
-        prefill_s = model._prefill_attention_s(prefill, row["prefill_sms"])
+        num_tokens = padded_tokens(prefill.num_tokens + decode.batch, is_fused=True)
+        prefill_s = model._prefill_attention_s(prefill, num_tokens, row["prefill_sms"])
         faster_s, slower_s = sorted((prefill_s, model._decode_attention_s(decode, row["decode_sms"])))
         if not row["shared"] and faster_s > FASTER * slower_s:
             shares.append((row["step_ms"]["p50"] / 1e3 - predicted_s(model, row, Lane.DECODE)) / faster_s)
