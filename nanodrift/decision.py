@@ -5,7 +5,7 @@ As plan.py is to an executor, so is this to dispatch.py and baselines.py. Knows 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
@@ -47,11 +47,6 @@ class Load:
             context_tokens += start + n
         merged = DecodeLoad(self.decode.batch + num_ended, self.decode.context_tokens + context_tokens)
         return PrefillLoad.of_parts(parts, num_ended), merged
-
-    def short_of_end(self, num_tokens: int, most_tokens: int) -> Load | None:
-        """This, were a chunk under way that ends so many tokens before the first prompt; None if none can be."""
-        left = (self.prompts[0][0] if self.prompts else self.prompt_tokens) - num_tokens
-        return None if self.open_tokens or left <= 0 else replace(self, open_tokens=min(left, most_tokens))
 
     def like_first(self, chunk: PrefillLoad, most_tokens: int) -> PrefillLoad:
         """This chunk, were all of it like the first prompt's next ``most_tokens``, cut into chunks of its size."""

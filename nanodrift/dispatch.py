@@ -4,7 +4,6 @@ Three modes compete, each by the prompt tokens per second it computes while ever
 (time between tokens):
 
     split       decode on the fewest SMs whose guarded step meets the TBT, prefill on all the others at the same time
-                (where the end of a prompt would not keep it, up to shortly before that end)
     fused       one pass for both over the weights, its prompt chunk the fastest that the TBT allows
     exclusive   the chip in turns: a decode step, then as many prefill layers as the rest of the TBT holds
 
@@ -30,7 +29,6 @@ from nanodrift.plan import FUSED_TOKENS, MAX_FUSED_SLICES, Lane, Partition
 MIN_PREFILL_SHARE = 0.1  # of the time, when no mode can keep the TBT
 LONE_PIECE_S = 5e-3  # a prefill piece while nothing decodes; a first decode step may have two in flight before it
 HYSTERESIS = 0.05  # a new choice must be better by this
-END_TOKENS = 32  # of a prompt: left to another mode where its end does not fit into a split
 MERGE_STEPS = 1.5  # split: the gap after a first token is at most so many steps (Flight.step_from_s says why)
 
 
@@ -90,13 +88,8 @@ class Dispatcher:
         return self._first_split(load, [partition], math.inf)
 
     def _split(self, load: Load) -> Decision | None:
-        """Best fit: the smallest decode half whose guarded step meets the TBT leaves the most SMs to prefill.
-
-        Where the end of a prompt does not fit, a chunk that stops short of it.
-        """
-        found = self._first_split(load, self.splits, load.tbt_s)
-        short = None if found else load.short_of_end(END_TOKENS, self.max_prefill_tokens)
-        return self._first_split(short, self.splits, load.tbt_s) if short else found
+        """Best fit: the smallest decode half whose guarded step meets the TBT leaves the most SMs to prefill."""
+        return self._first_split(load, self.splits, load.tbt_s)
 
     def _first_split(self, load: Load, partitions: Iterable[Partition], most_s: float) -> Decision | None:
         """On the first partition whose longest gap is at most ``most_s``."""

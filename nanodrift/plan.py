@@ -17,7 +17,7 @@ MAX_FUSED_TOKENS = 2048  # prompt tokens of a fused step, and ...
 MAX_FUSED_SLICES = 8  # ... the prompts they may come from: what executors have graphs for
 # The sizes of the graphs: rows of a decode step, tokens of a chunk, and of a fused step, its decoding rows among them.
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-PREFILL_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1536, 2048)
+PREFILL_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 FUSED_TOKENS = (128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1152, 2048, 2176)
 MAX_WASTE = 1.25  # work is not padded by more than this ...
 MAX_FREE_TOKENS = 512  # ... beyond so many tokens: below, a pass takes longer to launch than to run

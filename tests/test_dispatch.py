@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from nanodrift.config import ModelConfig
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad, h200_prior
 from nanodrift.dispatch import (
-    END_TOKENS,
     HYSTERESIS,
     LONE_PIECE_S,
     MIN_PREFILL_SHARE,
@@ -156,21 +155,6 @@ def test_what_cannot_be_met_is_split_where_steps_take_no_longer_on_a_half():
     assert decision.prompt_tokens_per_s > 2 * forced.prompt_tokens_per_s
     slowed = Guard(prior_mean=1.5, prior_worst=2.0)
     assert dispatcher(guard=slowed).choose(one).mode is Mode.EXCLUSIVE
-
-
-def test_a_split_stops_short_of_a_prompts_end_where_the_end_does_not_fit():
-    """What is left of the prompt is for another mode; the chunk goes on by layers, as large as it was begun."""
-    ending, going_on = load(batch=20, tbt_ms=8.0, prompt=1500), load(batch=20, tbt_ms=8.0, prompt=8192)
-    split = dispatcher([Mode.SPLIT])
-    assert split.split_at(ending, PARTITIONS[4]).is_unmeetable and split.options(going_on), "one step fits, 1.5 do not"
-    [option] = split.options(ending)
-    assert option.token_chunk == 1500 - END_TOKENS and option.step_s <= ending.tbt_s
-    [opened] = split.options(replace(ending, open_tokens=option.token_chunk))
-    assert opened == option
-    assert not split.options(replace(ending, is_merging=True)), "another prompt is about to end: no way around"
-    assert not split.options(replace(ending, open_tokens=1500)), "the end is in the chunk already"
-    [roomy] = split.options(replace(ending, tbt_s=50e-3))
-    assert roomy.token_chunk == 1500, "where it fits the prompt ends"
 
 
 @pytest.mark.parametrize("modes", [tuple(Mode), (Mode.FUSED,), (Mode.SPLIT, Mode.FUSED)])

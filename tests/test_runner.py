@@ -11,7 +11,16 @@ from nanodrift.config import ModelConfig
 from nanodrift.graphs import decode_shapes, fused_shapes, prefill_shapes
 from nanodrift.model import KVPool, Model
 from nanodrift.ops import LaneResources
-from nanodrift.plan import DecodeWork, FusedWork, NewBlocks, PrefillSlice, PrefillWork, RowParams, padded_tokens
+from nanodrift.plan import (
+    PREFILL_TOKENS,
+    DecodeWork,
+    FusedWork,
+    NewBlocks,
+    PrefillSlice,
+    PrefillWork,
+    RowParams,
+    padded_tokens,
+)
 from nanodrift.runner import Runner
 from nanodrift.weights import dummy_weights
 
@@ -147,7 +156,7 @@ def test_work_is_padded_a_little_or_not_at_all(model):
     assert runner._shape_for(PassShape(500, 3, 0, 0)).num_tokens == 512
     assert runner._shape_for(PassShape(217, 4, 17, 20)) == PassShape(256, 9, 64, 72)
     assert runner._shape_for(PassShape(512, 4, 100, 103)) == PassShape(512, 9, 128, 136)
-    for needed in (PassShape(1025, 1, 0, 1), PassShape(600, 9, 0, 9), PassShape(1200, 2, 16, 17)):
+    for needed in (PassShape(2049, 1, 0, 1), PassShape(600, 9, 0, 9), PassShape(1200, 2, 16, 17)):
         assert runner._shape_for(needed) == needed
 
 
@@ -159,3 +168,4 @@ def test_what_is_priced_is_what_is_run(model):
         assert runner._shape_for(PassShape(n, 1, 0, 1)).num_tokens == padded_tokens(n)
         assert runner._shape_for(PassShape(n + 16, 2, 16, 17)).num_tokens == padded_tokens(n + 16, is_fused=True)
     assert padded_tokens(0) == padded_tokens(0, is_fused=True) == 0
+    assert {padded_tokens(n) for n in range(1, 2049)} == set(PREFILL_TOKENS), "no chunk is launched layer by layer"

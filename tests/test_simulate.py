@@ -1,5 +1,6 @@
 """``bench.py sim``: policies side by side on the simulated machine; the same seed prints the same bytes."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,20 @@ def test_the_dispatcher_keeps_a_promise_that_taking_turns_breaks():
         records = run_workload(simulate.simulated_engine(policy, slo), workload, 8.0, 0, slo=slo)
         worst_ms[policy] = 1e3 * percentile([gap for record in records for gap in record.tbt_s], 99)
     assert worst_ms["mux"] <= 20 < 2 * worst_ms["mux"] < worst_ms["turns"]
+
+
+def test_serving_makes_no_garbage_that_only_the_collector_finds():
+    """Else it could not be off while requests run, where one walk through all prompts takes longer than a TBT."""
+    engine, slo = simulate.simulated_engine("mux", SLO(tbt_ms=15)), SLO(tbt_ms=15)
+    workload = workloads.named("conversation", 30, 0)
+    gc.collect()
+    gc.disable()
+    try:
+        records = run_workload(engine, workload, 8.0, 0, slo=slo, drain_s=2)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+    assert any(record.error for record in records), "some were cut off"
 
 
 def test_modes_restrict_the_dispatcher():

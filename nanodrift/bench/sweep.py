@@ -18,7 +18,6 @@ seed prints the same bytes.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import multiprocessing
@@ -434,11 +433,7 @@ def knee(target, spec: PolicySpec, options: dict, console: Console) -> float:
 def _simulate_cell(job: tuple) -> list[tuple[dict, dict]]:
     """In a process of its own: a simulated cell depends on nothing but its options."""
     options, cell, tbts_ms, knee_rate = job
-    gc.disable()  # it would walk through all prompts' tokens again and again: a tenth of the time
-    try:
-        return measure_cell(SimTarget(options), cell, options, tbts_ms, knee_rate)
-    finally:
-        gc.enable()
+    return measure_cell(SimTarget(options), cell, options, tbts_ms, knee_rate)
 
 
 def _checked_rate(text: str) -> str:
