@@ -138,6 +138,7 @@ class _EngineRun:
         pending = deque(self._request(sample, encode) for sample in workload.samples)
         gc.collect()
         gc.freeze()
+        is_collecting = gc.isenabled()
         gc.disable()  # as in the server's engine process: a collection walks through all prompts' tokens, up to 19 ms
         self.start_s = self.clock.now()
         lead_s = LEAD_S if workload.background else 0.0
@@ -160,7 +161,8 @@ class _EngineRun:
         except KeyboardInterrupt:
             pass  # what is under way is aborted; nobody was told of what is still to come
         finally:
-            gc.enable()
+            if is_collecting:
+                gc.enable()
         for request_id in [*self.running, *self.background]:
             self.engine.abort(request_id)
         while self.engine.has_work:
