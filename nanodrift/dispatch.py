@@ -24,7 +24,7 @@ from collections.abc import Iterable
 
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
 from nanodrift.decision import Decision, Load, Mode
-from nanodrift.plan import FUSED_TOKENS, MAX_FUSED_SLICES, Lane, Partition
+from nanodrift.plan import FUSED_TOKENS, MAX_FUSED_SLICES, Lane, Partition, is_wasteful
 
 MIN_PREFILL_SHARE = 0.1  # of the time, when no mode can keep the TBT
 LONE_PIECE_S = 5e-3  # a prefill piece while nothing decodes; a first decode step may have two in flight before it
@@ -140,7 +140,7 @@ class Dispatcher:
         """
         batch = load.decode.batch
         most = batch + load.chunk(self.max_prefill_tokens, MAX_FUSED_SLICES)[0].num_tokens
-        sizes = [size for size in FUSED_TOKENS if size > batch]
+        sizes = [size for size in FUSED_TOKENS if size > batch and not is_wasteful(min(most, size), size)]  # by graph
         sizes = sizes[: 1 + sum(size < most for size in sizes)]
         low, high, best = -1, len(sizes), None  # the largest size known to fit, the smallest known not to
         probe, stride = min(sum(size < batch + guess for size in sizes), high - 1), 1

@@ -18,7 +18,7 @@ from nanodrift.dispatch import (
     Load,
     Mode,
 )
-from nanodrift.plan import Lane, Partition
+from nanodrift.plan import FUSED_TOKENS, Lane, Partition, padded_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 COST = CostModel(ModelConfig.from_folder(ROOT / "nanodrift" / "configs" / "llama-3-8b"), h200_prior())
@@ -95,6 +95,14 @@ def test_a_step_that_was_slow_once_moves_the_split():
     solo_s = COST.decode_s(one.decode, before.partition.decode_sms)
     guard.observe(Lane.DECODE, cell, solo_s, 2 * one.tbt_s)
     assert dispatcher([Mode.SPLIT], guard).choose(one).partition.decode_sms > before.partition.decode_sms
+
+
+@given(LOADS)
+@settings(derandomize=True, deadline=None)
+def test_every_fused_step_has_a_graph(one):
+    """Operator by operator it would keep the host for as long as the device, and nobody would be looked after."""
+    for option in dispatcher([Mode.FUSED]).options(one):
+        assert padded_tokens(option.token_chunk + one.decode.batch, is_fused=True) in FUSED_TOKENS
 
 
 def test_a_fused_chunk_grows_with_the_tbt():
