@@ -140,7 +140,7 @@ class Dispatcher:
         """
         batch = load.decode.batch
         most = batch + load.chunk(self.max_prefill_tokens, MAX_FUSED_SLICES)[0].num_tokens
-        sizes = [size for size in FUSED_TOKENS if size > batch and not is_wasteful(min(most, size), size)]  # has a graph
+        sizes = [size for size in FUSED_TOKENS if size > batch and not is_wasteful(min(most, size), size)]  # captured
         sizes = sizes[: 1 + sum(size < most for size in sizes)]
         low, high, best = -1, len(sizes), None  # the largest size known to fit, the smallest known not to
         probe, stride = min(sum(size < batch + guess for size in sizes), high - 1), 1
