@@ -9,15 +9,7 @@ from hypothesis import strategies as st
 
 from nanodrift.config import ModelConfig
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad, h200_prior
-from nanodrift.dispatch import (
-    HYSTERESIS,
-    LONE_PIECE_S,
-    MIN_PREFILL_SHARE,
-    Decision,
-    Dispatcher,
-    Load,
-    Mode,
-)
+from nanodrift.dispatch import HYSTERESIS, LONE_PIECE_S, MIN_PREFILL_SHARE, Decision, Dispatcher, Load, Mode
 from nanodrift.plan import FUSED_TOKENS, Lane, Partition, padded_tokens
 
 ROOT = Path(__file__).resolve().parents[1]

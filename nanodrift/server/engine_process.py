@@ -92,11 +92,12 @@ def _loop(link: FrameLink, engine, messages: list[list]) -> None:
             stats = engine.stats() | {"predictions": predictions} | engine.executor.counters()
             if not is_busy:
                 _account(stats, is_new=was_busy)
-                gc.collect()  # of the cycles that exceptions make, when nobody waits
             stats_s, was_busy = now_s, is_busy
         if events or stats:
             rows = [_row(event, _queued_s(tokenless.pop(event.request_id, None))) for event in events]
             link.send(["step", rows, stats])
+        if not is_busy:
+            gc.collect()  # what cycles exceptions make, now that nobody waits
         messages = link.receive(0 if is_busy else None)
 
 
