@@ -29,7 +29,7 @@ TYPICAL = PrefillLoad.of_chunk(2048, 0), DecodeLoad(64, 64 * 1024)  # what the b
 
 
 @dataclass(frozen=True)
-class Turns:
+class Turns(Policy):
     """Prompts and tokens take turns on the whole chip, in chunks of fixed size: needs to know no costs."""
 
     whole_chip: Partition
@@ -48,7 +48,7 @@ class PrefillFirst(Turns):
 
 
 @dataclass(frozen=True)
-class Chunked:
+class Chunked(Policy):
     """``budget_tokens`` a step: the decoding rows, and prompt tokens up to the budget."""
 
     whole_chip: Partition
@@ -64,7 +64,7 @@ class Chunked:
 
 
 @dataclass(frozen=True)
-class Static:
+class Static(Policy):
     """Decode on its half, prefill on the other, for good; a lane alone still gets the chip."""
 
     dispatcher: Dispatcher

@@ -210,6 +210,10 @@ class DecodeLoad(NamedTuple):
     def of(cls, work: DecodeWork) -> DecodeLoad:
         return cls(len(work.rows), sum(work.positions) + len(work.positions))
 
+    def joined_by(self, lengths: list[int]) -> DecodeLoad:
+        """The batch with requests of so many tokens more."""
+        return DecodeLoad(self.batch + len(lengths), self.context_tokens + sum(lengths))
+
 
 @dataclass(frozen=True)
 class _Site:

@@ -34,8 +34,7 @@ class Load:
 
     def chunk(self, most_tokens: int, most_slices: int | None = None) -> tuple[PrefillLoad, DecodeLoad]:
         """The next token chunk of at most so many tokens, and the batch once the prompts that end in it have joined."""
-        num_tokens = num_ended = context_tokens = 0
-        parts, most_tokens = [], self.open_tokens or most_tokens
+        parts, ended, num_tokens, most_tokens = [], [], 0, self.open_tokens or most_tokens
         prompts = self.prompts or ((self.prompt_tokens, self.prompt_start),)
         for left, start in prompts[:most_slices]:
             n = min(left, most_tokens - num_tokens)
@@ -43,10 +42,8 @@ class Load:
             parts.append((n, start))
             if n < left or n == 0:
                 break
-            num_ended += 1
-            context_tokens += start + n
-        merged = DecodeLoad(self.decode.batch + num_ended, self.decode.context_tokens + context_tokens)
-        return PrefillLoad.of_parts(parts, num_ended), merged
+            ended.append(start + n)
+        return PrefillLoad.of_parts(parts, len(ended)), self.decode.joined_by(ended)
 
     def like_first(self, chunk: PrefillLoad, most_tokens: int) -> PrefillLoad:
         """This chunk, were all of it like the first prompt's next ``most_tokens``, cut into chunks of its size."""
@@ -76,3 +73,7 @@ class Policy(Protocol):
     """What the scheduler asks before it launches anything: dispatch.py's dispatcher, or one of baselines.py."""
 
     def choose(self, load: Load, current: Decision | None = None) -> Decision: ...
+
+    def may_join(self, joined: DecodeLoad, newest: DecodeLoad, tbt_s: float) -> bool:
+        """Whether a prompt may begin. The batch once it and all under way have joined, it alone, the tightest TBT."""
+        return True

@@ -12,7 +12,8 @@ factor, throughput by what to expect: the guard's mean, of a fused step as it wi
 the solo time in turns (whose decode steps count as promised). Chunks of any size are compared as if they were all like
 the first prompt: a large one may end in the cheap head of the next. A choice changes to split, from it, or to another
 partition only when that is better by a margin. Where no mode can keep the TBT, decode gets the chip and prefill a
-stated share of the time, or each a half if steps take no longer there, and the decision says ``unmeetable``.
+stated share of the time, or each a half if steps take no longer there, and the decision says ``unmeetable``. So that
+this is seldom, a prompt begins only when the decode steps of all who are under way would keep the TBT with it.
 
 Imports no torch, reads no clock, keeps no state: the caller passes the decision in force.
 """
@@ -23,16 +24,16 @@ import math
 from collections.abc import Iterable
 
 from nanodrift.cost import Cell, CostModel, DecodeLoad, Guard, PrefillLoad
-from nanodrift.decision import Decision, Load, Mode
+from nanodrift.decision import Decision, Load, Mode, Policy
 from nanodrift.plan import FUSED_TOKENS, MAX_FUSED_SLICES, Lane, Partition, is_wasteful
 
-MIN_PREFILL_SHARE = 0.1  # of the time, when no mode can keep the TBT
+MIN_PREFILL_SHARE = 0.1  # of the time: when no mode can keep the TBT, and of the TBT when a request joins
 LONE_PIECE_S = 5e-3  # a prefill piece while nothing decodes; a first decode step may have two in flight before it
 HYSTERESIS = 0.05  # a new choice must be better by this
 MERGE_STEPS = 1.5  # split: the gap after a first token is at most so many steps (Flight.step_from_s says why)
 
 
-class Dispatcher:
+class Dispatcher(Policy):
     """The modes and partitions that may be used on one machine for one model.
 
     Without ``side_by_side`` the two attentions of a fused step follow each other on the whole chip.
@@ -68,6 +69,11 @@ class Dispatcher:
         kept = next((option for option in options if (option.mode, option.partition) == in_force), None)
         is_free = kept is None or Mode.SPLIT not in (best.mode, kept.mode)
         return best if is_free or best.prompt_tokens_per_s > (1 + HYSTERESIS) * kept.prompt_tokens_per_s else kept
+
+    def may_join(self, joined: DecodeLoad, newest: DecodeLoad, tbt_s: float) -> bool:
+        """Who would make decode steps too long waits, unless it alone makes them so: waiting would not help it."""
+        most_s = tbt_s * (1 - MIN_PREFILL_SHARE)
+        return self._alone_s(joined) <= most_s or self._alone_s(newest) > most_s
 
     def options(self, load: Load, current: Decision | None = None) -> list[Decision]:
         """Every permitted way that keeps the TBT, at most one a mode."""

@@ -66,6 +66,18 @@ def test_more_modes_never_lower_prefill_throughput(one):
             assert everything.prompt_tokens_per_s >= alone.prompt_tokens_per_s * (1 - 1e-9)
 
 
+@given(st.integers(1, 128), st.sampled_from([1024, 8192, 32768]), st.floats(1, 100))
+@settings(derandomize=True, deadline=None)
+def test_who_joins_leaves_decode_steps_that_keep_the_tbt(batch, context, tbt_ms):
+    """And the minimum share of it to prefill; but who could not keep it alone either is not kept waiting."""
+    one, tbt_s = dispatcher(), tbt_ms / 1e3
+    joined, newest = DecodeLoad(batch, batch * context), DecodeLoad(1, context)
+    step_s, lone_s = (one.choose(Load(decode, tbt_s)).step_s for decode in (joined, newest))
+    most_s = tbt_s * (1 - MIN_PREFILL_SHARE)
+    assert one.may_join(joined, newest, tbt_s) == (step_s <= most_s or lone_s > most_s)
+    assert one.may_join(newest, newest, tbt_s), "somebody always may"
+
+
 def test_split_takes_the_smallest_half_that_keeps_the_promise():
     chosen = {tbt: dispatcher([Mode.SPLIT]).choose(load(tbt_ms=tbt)) for tbt in (8.5, 10, 13, 25, 60)}
     sms = [decision.partition.decode_sms for decision in chosen.values() if not decision.is_unmeetable]

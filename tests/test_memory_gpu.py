@@ -19,7 +19,7 @@ import torch
 from nanodrift import LLM, SamplingParams
 from nanodrift.bench.machine import describe
 from nanodrift.config import BLOCK_SIZE, SLO
-from nanodrift.dispatch import Decision, Mode
+from nanodrift.decision import Decision, Mode, Policy
 from nanodrift.metrics import percentile
 from nanodrift.plan import Partition
 
@@ -62,7 +62,7 @@ def test_answers_do_not_depend_on_the_cache():
     assert stats[True]["kv_blocks_leaked"] == 0 and stats[True]["num_free_kv_blocks"] == OPTIONS["num_kv_blocks"]
 
 
-class Fickle:
+class Fickle(Policy):
     """The dispatcher, restricted to another of its modes at every decision."""
 
     def __init__(self, dispatcher):
@@ -106,7 +106,7 @@ def test_multiplexed_answers_equal_those_of_taking_turns():
 
 
 @dataclass(frozen=True)
-class Forced:
+class Forced(Policy):
     """A policy for one purpose: the prefill half of one partition, whether or not anybody decodes."""
 
     partition: Partition

@@ -15,6 +15,7 @@ import triton.language as tl
 import nanodrift.gpu  # noqa: F401 (sets what CUDA reads when it starts)
 from nanodrift import LLM, SamplingParams
 from nanodrift.config import SLO
+from nanodrift.decision import Policy
 from nanodrift.partition import split_device
 from nanodrift.plan import Lane
 
@@ -206,7 +207,7 @@ def mark_kernel(seen_ptr, num_spins):
     tl.store(seen_ptr + sm, tl.full([1], 1, tl.int32), mask=x > 0)
 
 
-class Tour:
+class Tour(Policy):
     """Every partition in turn, side by side and fused, whatever it means for anybody's TBT."""
 
     def __init__(self, dispatcher):

@@ -75,6 +75,35 @@ def test_no_gap_of_24_chat_users_is_late_beside_a_prompt_of_100000_tokens(seed):
     assert len(requests) > 48, "they talked on"
 
 
+def long_answers(policy, tbt_ms):
+    """Forty about one document, at once: (their gaps, most of them that decoded at the same time)."""
+    engine, document, most = engine_of(policy, slo := SLO(ttft_ms=60_000, tbt_ms=tbt_ms)), [7] * 24_000, 0
+    requests = []
+    for i in range(40):
+        params = SamplingParams(max_tokens=60, ignore_eos=True)
+        requests.append(engine.new_request(document + [100 + i] * 100, params, slo=slo))
+        engine.add(requests[-1])
+    while engine.has_work:
+        engine.step()
+        most = max(most, len(engine.scheduler.running))
+    assert all(len(request.output_token_ids) == 60 for request in requests)
+    return [gap for request in requests for gap in gaps_ms(request.token_s)], most
+
+
+@pytest.mark.parametrize("policy", ["mux", "chunked-auto"])
+def test_no_prompt_begins_that_would_make_the_decode_steps_of_all_too_long(policy):
+    gaps, most = long_answers(policy, tbt_ms=20)
+    assert max(gaps) <= 20
+    assert 16 <= most < 40, "as many as keep it"
+    gaps, most = long_answers("chunked:256", tbt_ms=20)
+    assert max(gaps) > 25 and most == 40, "nothing else holds them back"
+
+
+def test_a_promise_that_nobody_could_keep_holds_nobody_back():
+    _, most = long_answers("mux", tbt_ms=2)
+    assert most > 32
+
+
 def prefill_tokens_per_s(policy, tbt_ms):
     """Of a backlog of prompts, among sixteen who decode all the while."""
     slo = SLO(ttft_ms=1e6, tbt_ms=tbt_ms)

@@ -1,7 +1,6 @@
 """The scheduler under the engine's loop, on a machine that checks every position it reads (paged_machine.py)."""
 
 from random import Random
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -11,7 +10,7 @@ from paged_machine import VOCAB_SIZE, PagedMachine, check_pool, expected_output
 
 from nanodrift.baselines import Chunked, PrefillFirst, Turns
 from nanodrift.config import BLOCK_SIZE, SLO
-from nanodrift.dispatch import Decision, Mode
+from nanodrift.decision import Decision, Mode, Policy
 from nanodrift.engine import Engine
 from nanodrift.kvcache import blocks_for
 from nanodrift.plan import (
@@ -52,7 +51,14 @@ def make_engine(
     return Engine(scheduler, machine, vocab_size=VOCAB_SIZE), machine
 
 
-class AnyPolicy:
+class Asked(Policy):
+    """Answers as told."""
+
+    def __init__(self, choose):
+        self.choose = choose
+
+
+class AnyPolicy(Policy):
     """Draws every decision: whatever a policy wants, the scheduler must carry it out without mixing up a token."""
 
     def __init__(self, num_layers, seed):
@@ -69,6 +75,10 @@ class AnyPolicy:
         rate, decode_s = self.random.choice([0.0, 5.0, 30.0]), self.random.choice([0.0, 0.5, 2.0])  # a wait takes 1 s
         chunk, layers = self.random.randint(1, 90), self.random.randint(1, self.num_layers)
         return Decision(mode, partition, chunk, layers, decode_s, rate, decode_s=decode_s)
+
+    def may_join(self, joined, newest, tbt_s):
+        assert joined.batch >= newest.batch == 1 and joined.context_tokens >= newest.context_tokens
+        return joined == newest or self.random.random() < 0.7
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -110,7 +120,7 @@ def test_the_tightest_promise_of_the_running_requests_counts():
     loads = []
     policy = Turns(Partition(1, 1, is_shared=True), 100, 4)
     engine, _ = make_engine(policy=policy)
-    engine.scheduler.policy = SimpleNamespace(choose=lambda load, _: loads.append(load) or policy.choose(load))
+    engine.scheduler.policy = Asked(choose=lambda load, _: loads.append(load) or policy.choose(load))
     for tbt_ms in (50.0, 20.0, 80.0):
         request = engine.new_request(
             prompt_of(40), SamplingParams(max_tokens=9, ignore_eos=True), slo=SLO(tbt_ms=tbt_ms)
@@ -496,7 +506,7 @@ def test_cached_tokens_are_told_once():
 # ---- who goes first -------------------------------------------------------------------------------------------------
 
 
-class ByLayers:
+class ByLayers(Policy):
     """Prefill in pieces of one layer, in turns or beside decode steps, at a rate that is as predicted here.
 
     A wait of the machine takes 1 s, and about a piece and a step.
@@ -611,7 +621,7 @@ def test_the_queue_is_in_order_of_urgency_whatever_the_policy():
 @pytest.mark.parametrize("mode", [Mode.FUSED, Mode.EXCLUSIVE])
 def test_a_prompt_joins_the_very_next_step_on_the_whole_chip(mode):
     whole = Partition(1, 1, is_shared=True)
-    engine, machine = make_engine(policy=SimpleNamespace(choose=lambda load, _: Decision(mode, whole, 64, 4)))
+    engine, machine = make_engine(policy=Asked(choose=lambda load, _: Decision(mode, whole, 64, 4)))
     talker = add(engine, prompt_of(20, 1), 40)
     while len(talker.output_token_ids) < 5:
         engine.step()
@@ -684,7 +694,7 @@ def test_a_policy_is_asked_at_most_once_for_each_launch():
     whole = Partition(1, 1, is_shared=True)
     policy = Turns(whole, 100, 2)
     engine, machine = make_engine(num_rows=8)
-    engine.scheduler.policy = SimpleNamespace(choose=lambda load, now: asked.append(load) or policy.choose(load))
+    engine.scheduler.policy = Asked(choose=lambda load, now: asked.append(load) or policy.choose(load))
     for i in range(8):
         add(engine, prompt_of(100, i), 30)
     run(engine)

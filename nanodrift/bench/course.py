@@ -46,6 +46,9 @@ class Recorder:
             self.moments.append(Moment(self.clock.now(), load, decision))
         return decision
 
+    def may_join(self, *loads) -> bool:
+        return self.policy.may_join(*loads)
+
 
 def moments_of(slo: SLO) -> list[Moment]:
     moments: list[Moment] = []

@@ -66,6 +66,10 @@ class Recorder:
         self.calls.append(["decided", _plain(decision)])
         return decision
 
+    def may_join(self, *loads) -> bool:
+        self.calls.append(["joins", joins := self._policy.may_join(*loads)])
+        return joins
+
     def add(self, request: Request) -> None:
         runs = [[token, len(list(run))] for token, run in groupby(request.prompt_token_ids)]
         slo = [request.slo.ttft_ms, request.slo.tbt_ms]
@@ -101,6 +105,7 @@ class _Decisions:
 
     def __init__(self, calls: list[list], policy, found: list[str]):
         self.left = [_decision(call[1]) for call in calls if call[0] == "decided"]
+        self.joins = [call[1] for call in calls if call[0] == "joins"]
         self.policy, self.found = policy, found
 
     def choose(self, load: Load, current: Decision | None = None) -> Decision:
@@ -109,6 +114,10 @@ class _Decisions:
         if decision is None or recorded != decision:
             self.found.append(f"decided {decision}, recorded {recorded}")
         return decision or current
+
+    def may_join(self, *loads) -> bool:
+        recorded = self.joins.pop(0) if self.joins else True
+        return self.policy.may_join(*loads) if self.policy else recorded
 
 
 def differences(path: Path, scheduler: Scheduler, gives_decisions: bool = False) -> list[str]:
