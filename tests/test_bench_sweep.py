@@ -141,6 +141,14 @@ def test_a_policy_against_the_others_with_paired_intervals(tmp_path, capsys):
         assert value == pytest.approx(100 * (mean["mux"] - mean["turns"])) and low <= value <= high and low > 0
     same = versus.compare(*[versus.load(tmp_path)["8", 20.0, "mux"]] * 2)
     assert same["good"] == (0, 0, 0) and same["ttft_p99"] == (1, 1, 1), "paired: what both met cancels out"
+    lists = (tmp_path / "requests.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "requests.jsonl").write_text(
+        "".join(one for one in lists if (json.loads(one)["policy"], json.loads(one)["seed"]) != ("turns", 1))
+    )
+    assert versus.main([str(tmp_path)]) == 0
+    for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]:
+        first = [points[name, row["rate"], 0] for name in ("mux", "turns")]
+        assert row["seeds"] == [0] and row["good"][0] == pytest.approx(100 * (first[0] - first[1])), "what both met"
     assert versus.main([str(tmp_path), "--of", "chunked"]) == 2 and versus.main([str(tmp_path / "none")]) == 2
 
 
@@ -251,7 +259,7 @@ def test_a_campaign_row_names_the_best_of_each_kind_and_leaves_blank_what_was_no
     points = [point("mux", 0.95, 1200.0), point("chunked:512", 0.5, 300.0), point("chunked:256", 0.75, 400.0),
               point("mux", 0.962, 1268.0), point("mux", 1.0, 90.0, 50.0)]  # two seeds of the first  # fmt: skip
     head, _, first, second = tables.campaign_table({"workload": "peer_x.jsonl"}, points).splitlines()
-    assert first.startswith("| peer_x, 6/s, 20 ms | 95.6% |  | 75.0% (256) |  |  | 1,234 / - / 400 / - / - | 18.2 / - ")
+    assert first.startswith("| peer_x, 6/s, 20 ms, 2 seeds | 95.6% |  | 75.0% (256, 1 of 2 seeds) |  |  | 1,234 / - / 400 / - / - | 18.2 / - ")
     assert second.startswith("| peer_x, 6/s, 50 ms | 100.0% |  |  |  |  | 90 / - / - / - / - |")
     assert head.count("|") == first.count("|") == second.count("|")
 

@@ -173,6 +173,7 @@ def campaign_table(*runs) -> str:
             cell = cells.setdefault((point["rate"], point["slo"]["tbt_ms"]), {})
             cell.setdefault(point["policy"], []).append(point)
         for (_, tbt_ms), cell in cells.items():
+            most = max(len(seeds) for seeds in cell.values())
             figures = {
                 policy: {name: fmean(point[name] for point in seeds) for name in CAMPAIGN_FIGURES}
                 for policy, seeds in cell.items()
@@ -185,13 +186,15 @@ def campaign_table(*runs) -> str:
                 [text.format(figures[policy][name]) if policy else None for policy in best]
                 for name, text in CAMPAIGN_FIGURES.items()
             ]
-            good = [
-                text and text + (f" ({policy.partition(':')[2]})" if ":" in policy else "")
-                for policy, text in zip(best, columns[0], strict=True)
-            ]
+            good = []
+            for policy, text in zip(best, columns[0], strict=True):
+                few = policy and len(cell[policy]) < most and f"{len(cell[policy])} of {most} seeds"
+                notes = [note for note in (policy and policy.partition(":")[2], few) if note]
+                good.append(text and text + (f" ({', '.join(notes)})" if notes else ""))
             name, rate = about["workload"].removesuffix(".jsonl"), next(iter(cell.values()))[0]["request_rate"]
             latencies = [" / ".join(text or "-" for text in column) for column in columns[1:]]
-            rows.append([f"{name}, {rate:.3g}/s, {tbt_ms:g} ms", *(text or "" for text in good), *latencies])
+            seeds = f", {most} seeds" if most > 1 else ""
+            rows.append([f"{name}, {rate:.3g}/s, {tbt_ms:g} ms{seeds}", *(text or "" for text in good), *latencies])
     header = ["workload, requests/s, TBT promised", *KINDS_OF_POLICY, "P50 TTFT ms, same order", "P99 TBT ms"]
     return markdown(header, rows).replace("| ---: |", "| :--- |", 1)
 

@@ -4,8 +4,9 @@
     python bench.py versus DIR --of mux:fused+exclusive
 
 Every policy met the same requests at the same times, so a resample draws the same requests on both sides and what the
-workload did to both cancels out; seeds are pooled. Attainment is compared as a difference in points of percent, times
-as ratios. A request that did not complete counts as infinitely late. A held batch is left out: its requests differ.
+workload did to both cancels out; the seeds that both met are pooled. Attainment is compared as a difference in points
+of percent, times as ratios. A request that did not complete counts as infinitely late. A held batch is left out: its
+requests differ.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from pathlib import Path
 import torch
 
 NUM_RESAMPLES = 2000
-COLUMNS = (
-    "rate       TBT  against               good, points        TTFT P50 ratio      TTFT P99 ratio      P99 gap ratio"
+COLUMNS = "rate       TBT  against          seeds  " + "".join(
+    f"{name:<24}" for name in ("good, points", "TTFT P50 ratio", "TTFT P99 ratio", "P99 gap ratio")
 )
 
 
-def load(folder: Path) -> dict[tuple, dict[str, torch.Tensor]]:
-    """(rate, TBT, policy) -> a number a request for each figure, seeds in order. Raises ValueError without lists."""
+def load(folder: Path) -> dict[tuple, dict[int, dict[str, torch.Tensor]]]:
+    """(rate, TBT, policy) -> seed -> a number a request for each figure. Raises ValueError without lists."""
     path = folder / "requests.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder} is not the folder of a sweep: there is no requests.jsonl")
@@ -43,10 +44,7 @@ def load(folder: Path) -> dict[tuple, dict[str, torch.Tensor]]:
         gap[done == 0] = math.inf
         key = (entry["rate"], entry["slo"]["tbt_ms"], entry["policy"])
         found.setdefault(key, {})[entry["seed"]] = {"good": good, "ttft": ttft, "gap": gap}
-    return {
-        key: {name: torch.cat([seeds[s][name] for s in sorted(seeds)]) for name in ("good", "ttft", "gap")}
-        for key, seeds in found.items()
-    }
+    return found
 
 
 def nearest_rank(values: torch.Tensor, percent: float) -> torch.Tensor:
@@ -64,7 +62,9 @@ FIGURES = (  # (name, over requests, compared as a ratio, of)
 
 
 def compare(ours: dict, theirs: dict, seed: int = 0) -> dict[str, tuple[float, float, float] | None]:
-    """(value, low, high) of each figure, ours against theirs; None where it does not exist."""
+    """(value, low, high) of each figure, ours against theirs on the seeds of both; None where it does not exist."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    ours, theirs = ({key: torch.cat([one[s][key] for s in seeds]) for key in ours[seeds[0]]} for one in (ours, theirs))
     count = len(ours["good"])
     if count != len(theirs["good"]):
         raise ValueError(f"{count} requests against {len(theirs['good'])}: not the same ones")
@@ -88,8 +88,10 @@ def rows_of(folder: Path, policy: str) -> list[dict]:
     rows = []
     for rate, tbt_ms, other in lists:
         if other != policy and (rate, tbt_ms, policy) in lists:
-            against = compare(lists[rate, tbt_ms, policy], lists[rate, tbt_ms, other])
-            rows.append({"policy": policy, "rate": rate, "tbt_ms": tbt_ms, "against": other, **against})
+            ours, theirs = lists[rate, tbt_ms, policy], lists[rate, tbt_ms, other]
+            if seeds := sorted(ours.keys() & theirs.keys()):
+                about = {"policy": policy, "rate": rate, "tbt_ms": tbt_ms, "against": other, "seeds": seeds}
+                rows.append(about | compare(ours, theirs))
     if not rows:
         raise ValueError(f"{folder} holds nothing to compare {policy!r} with")
     return rows
@@ -114,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             text = "{:.3f} [{:.3f}, {:.3f}]" if is_ratio else "{:+.1f} [{:+.1f}, {:+.1f}]"
             cells.append(f"{text.format(*row[name]):<24}")
-        print(f"{row['rate']:<8} {row['tbt_ms']:5g}  {row['against']:<20}  {''.join(cells)}".rstrip())
+        where = f"{row['rate']:<8} {row['tbt_ms']:5g}  {row['against']:<15}  {len(row['seeds']):5}"
+        print(f"{where}  {''.join(cells)}".rstrip())
     print(json.dumps({"folder": options.folder.name, "rows": rows}))
     return 0
