@@ -61,6 +61,17 @@ def test_a_cut_sweep_goes_on_and_ends_as_if_it_had_not_been_cut(tmp_path, capsys
         assert (cut / name).read_text() == (whole / name).read_text()
 
 
+def test_what_goes_on_names_the_runs_before_it(tmp_path):
+    assert run(tmp_path) == 0
+    about = json.loads((tmp_path / "sweep.json").read_text())
+    assert about["earlier"] == []
+    first = {"date": "20260101", "gpu": "one", "driver": "1", "torch": "2", "triton": "3", "git": "abc", "argv": ["a"]}
+    (tmp_path / "sweep.json").write_text(json.dumps(about | first))
+    for _ in range(2):
+        assert run(tmp_path, keep="--resume") == 0
+        assert json.loads((tmp_path / "sweep.json").read_text())["earlier"] == [first]
+
+
 def test_what_time_did_not_allow_is_named(tmp_path, capsys):
     assert run(tmp_path, "--time-limit-s", "1e-9", "--workers", "1") == 0
     out = capsys.readouterr().out
@@ -259,7 +270,9 @@ def test_a_campaign_row_names_the_best_of_each_kind_and_leaves_blank_what_was_no
     points = [point("mux", 0.95, 1200.0), point("chunked:512", 0.5, 300.0), point("chunked:256", 0.75, 400.0),
               point("mux", 0.962, 1268.0), point("mux", 1.0, 90.0, 50.0)]  # two seeds of the first  # fmt: skip
     head, _, first, second = tables.campaign_table({"workload": "peer_x.jsonl"}, points).splitlines()
-    assert first.startswith("| peer_x, 6/s, 20 ms, 2 seeds | 95.6% |  | 75.0% (256, 1 of 2 seeds) |  |  | 1,234 / - / 400 / - / - | 18.2 / - ")
+    assert first.startswith(
+        "| peer_x, 6/s, 20 ms, 2 seeds | 95.6% |  | 75.0% (256, 1 of 2 seeds) |  |  | 1,234 / - / 400 / - / - | 18.2 /"
+    )
     assert second.startswith("| peer_x, 6/s, 50 ms | 100.0% |  |  |  |  | 90 / - / - / - / - |")
     assert head.count("|") == first.count("|") == second.count("|")
 

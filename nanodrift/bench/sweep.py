@@ -9,7 +9,8 @@ The model is loaded once and policies are exchanged between points, in turn with
 arrivals and the same prompts to every policy. A rate is requests/s; 80% of what prefill-first serves when all prompts
 wait at once (``--knee-of`` names another policy); or x0.4: a trace's own pace, arrival times times 0.4. A policy that
 does not look at the TBT promise runs once and is judged by each. DIR gets points.jsonl (a line a point), sweep.json
-(conditions, cells that are missing) and requests.jsonl (a line a point, lists over requests: for paired comparisons).
+(conditions, cells that are missing, the earlier runs that it went on with) and requests.jsonl (a line a point, lists
+over requests: for paired comparisons).
 
 Tables and JSON lines go to stdout, progress to stderr. Simulated rows say so and hold no date and no host: the same
 seed prints the same bytes.
@@ -50,6 +51,7 @@ from nanodrift.metrics import percentile
 
 FIVE_POLICIES = "mux,chunked-auto,chunked:512,prefill-first,static"
 KNEE_PROMPTS = 24  # all at once: enough to fill the prefill lane for seconds
+ORIGIN = ("date", "gpu", "driver", "torch", "triton", "git", "argv")  # of a run that another one goes on with
 TO_POINTS = ("cdf", "notes", "warnings", "error_counts")  # kept in points.jsonl, not printed
 
 
@@ -123,6 +125,7 @@ class Sweep:
         self.points: list[dict] = []
         self.failures: list[dict] = []
         self.knee: float | None = None
+        self.earlier: list[dict] = []  # where points that were there already come from
         seed = options.get("seed", 0)
         self.cells = [
             Cell(spec.text, rate, seed + number, tbt_ms)
@@ -155,6 +158,8 @@ class Sweep:
             raise ValueError(f"{self.folder} holds a sweep of another {', '.join(other)}: choose another folder")
         self.points = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
         self.knee = old.get("knee")
+        origin = [{key: old[key] for key in ORIGIN}] if "git" in old else []  # simulated: bytes say it all
+        self.earlier = old.get("earlier", []) + origin
 
     @property
     def missing(self) -> list[Cell]:
@@ -249,6 +254,7 @@ class Sweep:
             "slo_ttft_ms": self.options["slo_ttft_ms"],
             "slo_tbt_ms": self.tbts_ms,
             "num_points": len(self.points),
+            "earlier": self.earlier,
             "missing": [vars(cell) for cell in self.missing],
             "failures": self.failures,
             "interrupted": is_interrupted,

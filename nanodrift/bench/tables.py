@@ -142,7 +142,8 @@ def conditions(*runs: dict) -> str:
         draw = f"; dummy weights drawn {engine['dummy_draw']}" if engine.get("load_format") == "dummy" else ""
         command = " ".join(run["argv"] if run["argv"][0].endswith(".py") else ["bench.py", *run["argv"]])
         tools = f"torch {run['torch']}, triton {run['triton']}{draw}; commit {run['git']}"
-        lines.append(f"- {where}; {tools}; `python {command}`")
+        more = f", after {len(run['earlier'])} others that are named there" if run.get("earlier") else ""
+        lines.append(f"- {where}; {tools}; `python {command}`{more}")
     return "\n".join(lines) + "\n"
 
 
