@@ -43,7 +43,7 @@ class Dispatcher(Policy):
         self,
         cost: CostModel,
         guard: Guard,
-        partitions: Iterable[Partition],
+        partitions: tuple[Partition, ...],
         *,
         max_prefill_tokens: int,
         modes: Iterable[Mode] = tuple(Mode),
@@ -51,7 +51,6 @@ class Dispatcher(Policy):
     ):
         self.cost, self.guard, self.modes, self.side_by_side = cost, guard, tuple(modes), side_by_side
         self.max_prefill_tokens = max_prefill_tokens
-        partitions = tuple(partitions)
         self.whole_chip = next(p for p in partitions if p.is_shared)
         self.splits = sorted((p for p in partitions if not p.is_shared), key=lambda p: p.decode_sms)
 

@@ -5,7 +5,6 @@ The only home of per-request timestamps. Knows nothing about devices, text or po
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -13,7 +12,6 @@ from typing import NamedTuple
 from nanodrift.config import BLOCK_SIZE, SLO
 from nanodrift.plan import Logprobs, PrefillSlice, RowParams
 
-HEADROOM = 0.01  # of the TBT, for what no prediction knows: the host's part, and rounding
 MAX_STOP_TOKEN_IDS = 16  # ids that min_tokens can hold back on the device
 MAX_STOP_STRINGS = 16
 MAX_BIASED_TOKENS = 300
@@ -225,11 +223,6 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
-
-
-def tightest_tbt_s(requests: list[Request]) -> float:
-    """The tightest TBT promised to them, less headroom; infinite if there is nobody."""
-    return min([request.slo.tbt_ms for request in requests], default=math.inf) / 1e3 * (1 - HEADROOM)
 
 
 class TokenEvent(NamedTuple):

@@ -24,6 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
+from statistics import median_high
 
 from nanodrift.config import BLOCK_SIZE
 from nanodrift.cost import RECOVERY_S, DecodeLoad
@@ -46,9 +47,10 @@ from nanodrift.plan import (
     Ticket,
     Work,
 )
-from nanodrift.request import Request, RequestState, TokenEvent, tightest_tbt_s
+from nanodrift.request import Request, RequestState, TokenEvent
 from nanodrift.waiting import Waiting, may_overtake
 
+HEADROOM = 0.01  # of the TBT, for what no prediction knows: the host's part, and rounding
 MAX_IN_FLIGHT = 2  # on each lane: step n + 1 is launched before the host has read step n
 
 
@@ -201,9 +203,10 @@ class Scheduler:
         self._decided = asked
         prompts = self._prompts(now_s)
         num_tokens, start = sum(n for n, _ in prompts), prompts[0][1] if prompts else 0
+        tbt_s = self._tbt_s - self._waited_s if self._decode.batch else math.inf
         flags = self._flight.is_merging, self._flight.has_split_since(self._flight.step_end_s - RECOVERY_S)
         open_tokens = self._open[-1].num_tokens if self._open else 0
-        load = Load(self._decode, self._tbt_s - self._waited_s, num_tokens, start, open_tokens, prompts, *flags)
+        load = Load(self._decode, tbt_s, num_tokens, start, open_tokens, prompts, *flags)
         self.decision = self.policy.choose(load, self.decision)
         if self.decision.mode is Mode.SPLIT:
             self._split_step_s[self.decision.partition] = self.decision.decode_s
@@ -261,9 +264,9 @@ class Scheduler:
                 return None
             self._preempt(self._cheapest_holder())
         self._decode = DecodeLoad(len(batch), sum(positions) + len(batch))
-        self._tbt_s = tightest_tbt_s(batch)
         if not batch:
             return None
+        self._tbt_s = min([request.slo.tbt_ms for request in batch]) / 1e3 * (1 - HEADROOM)
         start_s = max(now_s, self._flight.step_end_s)  # those who are in no step in flight have waited until then
         last_s = min([r.token_s[-1] for r in batch if not r.num_launched_tokens and r.token_s], default=start_s)
         self._waited_s = start_s - last_s
@@ -400,7 +403,7 @@ class Scheduler:
         """There is a row and room for it, and a block more for everybody under way: two if blocks ran out lately.
 
         So admission is not soon undone. What does not fit waits, and decode has the device until blocks come back. And
-        the policy must see the decode steps of all who are under way keep their time with it.
+        the policy must see the decode steps of all who are under way keep the TBT of half of them with it.
         """
         self.pool.match(request)
         num_blocks = self.pool.num_missing_blocks(request) + num_kept_blocks
@@ -409,7 +412,8 @@ class Scheduler:
             return False
         coming = [*self.prefilling, request]
         joined = self._decode.joined_by([r.num_tokens for r in coming])
-        return self.policy.may_join(joined, DecodeLoad(1, request.num_tokens), min(self._tbt_s, tightest_tbt_s(coming)))
+        tbt_ms = median_high([r.slo.tbt_ms for r in (*self.running, *coming)])  # so that one alone shuts nobody out
+        return self.policy.may_join(joined, DecodeLoad(1, request.num_tokens), tbt_ms / 1e3 * (1 - HEADROOM))
 
     def _overtaker(self, now_s: float) -> Request | None:
         """The next in the queue, if it may go before the prompts under way, or before the rest of an open chunk."""
@@ -497,11 +501,8 @@ class Scheduler:
         del self.requests[request.request_id]
 
     def _queue_of(self, request: Request) -> list[Request]:
-        return {
-            RequestState.WAITING: self.waiting,
-            RequestState.PREFILL: self.prefilling,
-            RequestState.RUNNING: self.running,
-        }[request.state]
+        queues = {RequestState.WAITING: self.waiting, RequestState.PREFILL: self.prefilling}
+        return queues.get(request.state, self.running)
 
     def _is_busy(self) -> bool:
         return bool(self._open) or len(self._flight) > 0

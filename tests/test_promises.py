@@ -11,6 +11,8 @@ from nanodrift.bench.load import run_workload
 from nanodrift.bench.policies import parse
 from nanodrift.bench.replay import Recorder, differences
 from nanodrift.config import SLO
+from nanodrift.cost import DecodeLoad
+from nanodrift.decision import Load
 from nanodrift.request import SamplingParams
 
 GOLDEN = Path(__file__).parent / "data" / "recorded_run.json"
@@ -102,6 +104,26 @@ def test_no_prompt_begins_that_would_make_the_decode_steps_of_all_too_long(polic
 def test_a_promise_that_nobody_could_keep_holds_nobody_back():
     _, most = long_answers("mux", tbt_ms=2)
     assert most > 32
+
+
+def test_one_who_asks_for_more_than_the_others_shuts_nobody_out():
+    """Its TBT holds for a batch of few; the others, promised 50 ms, need not wait until it has ended."""
+    engine = engine_of("mux", slo := SLO(ttft_ms=2000, tbt_ms=50))
+    alone_ms = 1e3 * engine.scheduler.policy.choose(Load(DecodeLoad(1, 50), 1.0)).step_s
+    more = SLO(tbt_ms=1.2 * alone_ms)
+    greedy = engine.new_request([1] * 50, SamplingParams(max_tokens=2000, ignore_eos=True), slo=more)
+    engine.add(greedy)
+    while not greedy.token_s:
+        engine.step()
+    params, most = SamplingParams(max_tokens=500, ignore_eos=True), 0
+    others = [engine.new_request([2 + i] * 150, params, slo=slo) for i in range(60)]
+    for request in others:
+        engine.add(request)
+    while not all(request.is_finished for request in others):
+        engine.step()
+        most = max(most, len(engine.scheduler.running))
+    assert not greedy.is_finished
+    assert most == 61
 
 
 def prefill_tokens_per_s(policy, tbt_ms):

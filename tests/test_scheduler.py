@@ -132,6 +132,27 @@ def test_the_tightest_promise_of_the_running_requests_counts():
     assert max(load.prompt_tokens for load in loads) >= 100
 
 
+def test_who_may_join_is_asked_with_all_who_are_under_way_and_what_half_of_them_are_promised():
+    asked = []
+    engine, _ = make_engine(policy=Asked(lambda load, _: Decision(Mode.EXCLUSIVE, Partition(1, 1, True), 100, 4)))
+    engine.scheduler.policy.may_join = lambda *loads: asked.append(loads) or True
+    for tbt_ms, n in ((50.0, 40), (20.0, 30), (80.0, 20)):
+        request = engine.new_request(
+            prompt_of(n), SamplingParams(max_tokens=9, ignore_eos=True), slo=SLO(tbt_ms=tbt_ms)
+        )
+        engine.add(request)
+    engine.step()
+    while len(engine.scheduler.running) < 3:
+        engine.step()
+    late = engine.new_request(prompt_of(60), SamplingParams(max_tokens=9, ignore_eos=True), slo=SLO(tbt_ms=80.0))
+    engine.add(late)
+    engine.step()
+    whom = [(joined.batch, newest.context_tokens, round(1e3 * tbt_s)) for joined, newest, tbt_s in asked]
+    assert whom[0] == (1, 40, 50) and {(2, 30, 50), (3, 20, 50)} <= set(whom) and whom[-1] == (4, 60, 79)
+    joined, newest, _ = asked[-1]
+    assert newest.batch == 1 and 150 < joined.context_tokens <= 150 + 3 * 9, "as far as each has come"
+
+
 def check_written_blocks(scheduler, work):
     """What is launched may write only into blocks that one request holds and the tree does not know."""
     if isinstance(work, PrefillWork):
