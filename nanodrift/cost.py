@@ -240,6 +240,7 @@ class CostModel:
         self._head_share = head_parameters / self._layer_parameters
         self._itemsize = itemsize
         self._sites: dict[int, _Site] = {}
+        self._passes: dict[tuple[int, int, int], float] = {}  # what _pass_s has said: few sizes come again and again
 
     def products_s(self, num_tokens: int, num_sms: int) -> float:
         """All weight products of all layers on ``num_tokens`` tokens."""
@@ -327,8 +328,10 @@ class CostModel:
         return self._sites[num_sms]
 
     def _pass_s(self, num_tokens: int, num_sampled: int, num_sms: int) -> float:
-        head_s = self._head_share * self.products_s(num_sampled, num_sms)
-        return self.products_s(num_tokens, num_sms) + head_s + self.profile.step_overhead_s
+        if (seconds := self._passes.get(key := (num_tokens, num_sampled, num_sms))) is None:
+            head_s = self._head_share * self.products_s(num_sampled, num_sms)
+            self._passes[key] = seconds = self.products_s(num_tokens, num_sms) + head_s + self.profile.step_overhead_s
+        return seconds
 
     def _prefill_attention_s(self, load: PrefillLoad, num_rows: int, num_sms: int) -> float:
         """Of a launch for ``num_rows`` tokens: all its work spread evenly, or its longest tile, or part of that."""

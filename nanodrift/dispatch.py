@@ -192,9 +192,8 @@ class Dispatcher(Policy):
 
     def _alone(self, load: Load) -> Decision:
         """One lane has nothing to do: the other gets the chip. Prefill goes in short pieces, for a decode may begin."""
-        chunk, _ = load.chunk(self.max_prefill_tokens)
-        decode_s = self._alone_s(load.decode)
-        layers, rate = self.cost.num_layers, 0.0
+        decode_s, layers, rate = self._alone_s(load.decode), self.cost.num_layers, 0.0
+        chunk = load.chunk(self.max_prefill_tokens)[0] if load.prompt_tokens else PrefillLoad()
         if chunk.num_tokens:
             prefill_s = self.cost.prefill_s(chunk, self.whole_chip.prefill_sms)
             layers, rate = self._layers(LONE_PIECE_S, prefill_s), chunk.num_tokens / prefill_s

@@ -59,7 +59,8 @@ class Engine:
     ) -> Request:
         """Makes a request with the model's stop ids and a seed. Raises ValueError for ids outside the vocabulary."""
         named_ids = (*prompt_token_ids, *(token for token, _ in params.biases))
-        bad = next((i for i in named_ids if not 0 <= i < self.vocab_size), None)
+        ends = min(named_ids, default=0), max(named_ids, default=0)
+        bad = next((i for i in ends if not 0 <= i < self.vocab_size), None)
         if bad is not None:
             raise ValueError(f"token id {bad} is outside the vocabulary of {self.vocab_size} tokens")
         self._num_requests += 1

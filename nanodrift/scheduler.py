@@ -201,7 +201,8 @@ class Scheduler:
         if self._decided == asked:
             return
         self._decided = asked
-        prompts = self._prompts(now_s)
+        may_prefill = self._open or self.prefilling or self.waiting or self._flight.is_split
+        prompts = self._prompts(now_s) if may_prefill else ()  # most turns
         num_tokens, start = sum(n for n, _ in prompts), prompts[0][1] if prompts else 0
         tbt_s = self._tbt_s - self._waited_s if self._decode.batch else math.inf
         flags = self._flight.is_merging, self._flight.has_split_since(self._flight.step_end_s - RECOVERY_S)

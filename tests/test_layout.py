@@ -261,7 +261,7 @@ def test_the_engine_stays_readable_in_an_afternoon():
     policy = sum(lines for path, lines in core.items() if path.name in ("scheduler.py", "dispatch.py"))
     print(f"code lines: scheduler + dispatch {policy}, nanodrift + kernels {sum(core.values())}")
     assert policy <= 550
-    assert sum(core.values()) <= 5599
+    assert sum(core.values()) <= 5603
 
 
 # --- what runs without what ------------------------------------------------------------------------------------------
