@@ -1,7 +1,8 @@
 """The other policies, on the same mechanism: same kernels, cache, queue order and loop as the dispatcher's.
 
 A policy answers ``choose(load, current) -> Decision``; the scheduler carries any decision out. So a comparison of
-policies compares policies and nothing else.
+policies compares policies and nothing else. Asked whether a prompt ``may_join``, those who do not look at promises say
+yes.
 
     turns           a token chunk, a decode step, a token chunk: nobody's promise is looked at. The default until the
                     machine's costs are known

@@ -75,5 +75,5 @@ class Policy(Protocol):
     def choose(self, load: Load, current: Decision | None = None) -> Decision: ...
 
     def may_join(self, joined: DecodeLoad, newest: DecodeLoad, tbt_s: float) -> bool:
-        """Whether a prompt may begin. The batch once it and all under way have joined, it alone, their TBT."""
+        """Whether a prompt may begin: the batch once it and all under way have joined, it alone, their median TBT."""
         return True

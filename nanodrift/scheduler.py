@@ -9,7 +9,7 @@ is the policy's, which is asked at every turn of the loop, and again when someth
 A short prompt may overtake a long one under way, at a token chunk's end or at a piece's, if it would lose its TTFT and
 the long one can wait, or has lost its own already (waiting.py). Where blocks run out, cached ones go first; then
 nothing new is launched, and when nothing is in flight the request that costs least to bring back is preempted. New
-prompts are held back before that.
+prompts are held back before that, and where the policy sees that their decode steps would make all others too long.
 
 A prompt starts at its first token that is not in the prefix cache (kvcache.py). While another request is computing the
 very block with which a prompt would start, the prompt stays in the queue. There it holds nothing, so nobody waits for
