@@ -139,6 +139,32 @@ def test_a_figure_of_a_sweep_says_what_it_shows(tmp_path, kind):
         assert shares[figures.SCALES.index(1.0)] == point["slo_attainment"], "judged anew, it is what it was"
 
 
+def test_seeds_are_one_point_of_a_figure_with_their_range(tmp_path):
+    def drawn_rows(kind, **options):
+        written = plots.draw(kind, [tmp_path / "s"], tmp_path / kind, Console(quiet=True), **options)
+        return list(csv.DictReader(written[0].open()))
+
+    assert run(tmp_path / "s", "--num-prompts", "40", "--seeds", "3") == 0
+    own = {}
+    for point in lines_of(tmp_path / "s"):
+        own.setdefault((point["policy"], point["request_rate"]), []).append(point)
+    rows = drawn_rows("attainment")
+    assert [(row["label"], float(row["request_rate"])) for row in rows] == sorted(own)
+    for row in rows:
+        shares = [point["slo_attainment"] for point in own[row["label"], float(row["request_rate"])]]
+        found = [float(row[f"slo_attainment{end}"]) for end in ("_min", "", "_max")]
+        assert len(shares) == 3 and found == pytest.approx([min(shares), sum(shares) / 3, max(shares)])
+    rows = drawn_rows("pareto")
+    assert len(rows) == 4
+    for row in rows:
+        rates = [point["output_throughput"] for point in own[row["label"], float(row["request_rate"])]]
+        assert float(row["output_throughput"]) == pytest.approx(sum(rates) / 3)
+    rows = drawn_rows("cdf", rate="8")
+    assert {(row["label"], row["seed"]) for row in rows} == {
+        (name, seed) for name in ("mux", "turns") for seed in "012"
+    }
+
+
 def test_a_policy_against_the_others_with_paired_intervals(tmp_path, capsys):
     assert run(tmp_path, "--num-prompts", "60", "--seeds", "2") == 0
     capsys.readouterr()

@@ -5,6 +5,8 @@ Each has a function that makes the rows of its CSV and one that draws them.
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from nanodrift.bench.plots import COLORS, DASHES, INK
 
 SCALES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 2.0)
@@ -62,16 +64,23 @@ def draw_scale(pyplot, rows: list[dict], results: list[dict]):
 
 
 def pareto_rows(results: list[dict], labels: list[str]) -> list[dict]:
-    """A line a policy, whatever it was promised; a run that was judged by several promises counts once."""
-    rows = []
-    labels = [result["label"] for result in results]
-    for label, result in zip(labels, results, strict=True):
+    """A line a policy, whatever it was promised; a sweep's seeds as their mean.
+
+    A run that was judged by several promises counts once.
+    """
+    cells: dict[tuple, list[dict]] = {}
+    for number, result in enumerate(results):
         if result.get("p99_tbt_ms") is None or "output_throughput" not in result:
-            raise ValueError(f"{label} has no throughput or no P99 TBT")
-        keys = ("request_rate", "output_throughput", "total_token_throughput", "p99_tbt_ms", "slo_attainment")
-        row = {"label": label, **{key: result.get(key) for key in keys}}
+            raise ValueError(f"{result['label']} has no throughput or no P99 TBT")
+        run = None if "policy" in result else number
+        cells.setdefault((result["label"], result.get("request_rate"), result["slo"]["tbt_ms"], run), []).append(result)
+    rows, keys = [], ("output_throughput", "total_token_throughput", "p99_tbt_ms", "slo_attainment")
+    for (label, rate, *_), seeds in cells.items():
+        row = {"label": label, "request_rate": rate}
+        row |= {key: fmean(seed[key] for seed in seeds) if key in seeds[0] else None for key in keys}
         if not any(row["label"] == r["label"] and row["p99_tbt_ms"] == r["p99_tbt_ms"] for r in rows):
             rows.append(row)
+    labels = [result["label"] for result in results]
     return sorted(rows, key=lambda row: (labels.index(row["label"]), row["p99_tbt_ms"]))
 
 
@@ -83,7 +92,9 @@ def draw_pareto(pyplot, rows: list[dict], results: list[dict]):
     _mark_slos(ax, results)
     ax.set_xscale("log")
     low, high = ax.get_xlim()
-    ax.set_xticks([x for x in (2, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500) if low <= x <= high])
+    ticks = [x for x in (2, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500) if low <= x <= high]
+    step = (high - low) / 5
+    ax.set_xticks(ticks if len(ticks) > 2 else [round(low + step * number, 1) for number in range(1, 5)])
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.xaxis.set_minor_formatter(lambda value, _: "")
     ax.set_xlabel("P99 of all gaps between tokens, ms (left is better)")
@@ -96,7 +107,8 @@ def draw_pareto(pyplot, rows: list[dict], results: list[dict]):
 def _mark_slos(ax, results: list[dict]) -> None:
     for limit in sorted({result["slo"]["tbt_ms"] for result in results}):
         ax.axvline(limit, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
-        ax.annotate(f"SLO {limit:g} ms", (limit, 0), rotation=90, fontsize=7.5, ha="right", va="bottom", color=INK)
+        where = {"xy": (limit, 0.99), "xycoords": ("data", "axes fraction"), "ha": "right", "va": "top"}
+        ax.annotate(f"SLO {limit:g} ms", **where, rotation=90, fontsize=7.5, color=INK)
 
 
 # --- goodput bars -----------------------------------------------------------------------------------------------------

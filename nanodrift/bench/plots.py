@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from statistics import fmean
 from textwrap import wrap
 
 from rich.console import Console
@@ -132,7 +133,12 @@ def caption(results: list[dict]) -> str:
         asked += f", {counts} requests a run"
     elif counts := once("requests_per_point"):
         asked += f", {counts} requests a point over {once('seeds')} seeds (band: their range)"
-    rest = (("torch", once("torch")), ("commit", once("git")), ("seed", once("seed")), ("bench.py", once("benchmark")))
+    rest = (
+        ("torch", once("torch")),
+        ("commit", once("git")),
+        ("seeds" if "," in once("seed") else "seed", once("seed")),
+        ("bench.py", once("benchmark")),
+    )
     second = "; ".join(f"{name} {value}" for name, value in rest if value)
     return f"{simulated}{once('model_id')} on {where}; {asked}; SLO {slos}\n{second}"
 
@@ -145,22 +151,28 @@ def cdf_rows(results: list[dict], labels: list[str]) -> list[dict]:
     for label, result in zip(labels, results, strict=True):
         if "cdf" not in result:
             raise ValueError(f"{label} holds no distributions: it is not a result of bench.py serve or run")
-        cdf = result["cdf"]
+        cdf, run = result["cdf"], {"label": label} | {key: result.get(key) for key in ("request_rate", "seed")}
         for percent, ttft_ms, tbt_ms in zip(cdf["percent"], cdf["ttft_ms"], cdf["tbt_ms"], strict=True):
-            rows.append({"label": label, "percent": percent, "ttft_ms": ttft_ms, "tbt_ms": tbt_ms})
+            rows.append(run | {"percent": percent, "ttft_ms": ttft_ms, "tbt_ms": tbt_ms})
     return rows
 
 
 def draw_cdf(pyplot, rows: list[dict], results: list[dict]):
+    """A line a run; runs of one label, at other rates or with other seeds, share its style."""
     figure, axes = pyplot.subplots(1, 2, figsize=(8.6, 3.9), sharey=True)
     labels = list(dict.fromkeys(row["label"] for row in rows))
     for ax, key, slo, title in ((axes[0], "ttft_ms", "ttft_ms", "time to first token"),
                                 (axes[1], "tbt_ms", "tbt_ms", "time between tokens (every gap)")):  # fmt: skip
         for index, label in enumerate(labels):
-            known = [row for row in rows if row["label"] == label and row[key] is not None]
-            floor = min((row[key] for row in known if row[key] > 0), default=1.0)
             style = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)], "linewidth": 1.6}
-            ax.plot([max(row[key], floor) for row in known], [row["percent"] for row in known], label=label, **style)
+            runs: dict[tuple, list[dict]] = {}
+            for row in rows:
+                if row["label"] == label and row[key] is not None:
+                    runs.setdefault((row["request_rate"], row["seed"]), []).append(row)
+            for number, known in enumerate(runs.values()):
+                floor = min((row[key] for row in known if row[key] > 0), default=1.0)
+                times, name = [max(row[key], floor) for row in known], "_nolegend_" if number else label
+                ax.plot(times, [row["percent"] for row in known], label=name, **style)
         for limit in sorted({result["slo"][slo] for result in results}):
             ax.axvline(limit, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
             ax.annotate(f"SLO {limit:g} ms", (limit, 3), rotation=90, fontsize=7.5, ha="right", va="bottom", color=INK)
@@ -190,15 +202,21 @@ def _log_axis(ax) -> None:
 
 
 def attainment_rows(results: list[dict], labels: list[str]) -> list[dict]:
-    """One row for each measured rate: the points of a search or sweep, or one run each."""
-    rows = []
+    """One row for each label and rate: the points of a search or sweep, or one run each; seeds as mean and range."""
+    cells: dict[tuple, list[dict]] = {}
     for label, result in zip(labels, results, strict=True):
         for point in result.get("points") or [result]:
             rate = point.get("request_rate")
             if not isinstance(rate, int | float) or "slo_attainment" not in point:
                 raise ValueError(f"{label} has no request rate that a point could stand at")
-            spread = {key: point.get(key) for key in ("slo_attainment_min", "slo_attainment_max")}
-            rows.append({"label": label, "request_rate": rate, **{key: point[key] for key, _ in SHARES}, **spread})
+            cells.setdefault((label, rate), []).append(point)
+    rows = []
+    for (label, rate), points in cells.items():
+        row = {"label": label, "request_rate": rate}
+        row |= {key: fmean(point[key] for point in points) for key, _ in SHARES}
+        for name, end in (("min", min), ("max", max)):
+            row[f"slo_attainment_{name}"] = end(p.get(f"slo_attainment_{name}", p["slo_attainment"]) for p in points)
+        rows.append(row)
     return sorted(rows, key=lambda row: (labels.index(row["label"]), row["request_rate"]))
 
 
@@ -216,9 +234,10 @@ def draw_attainment(pyplot, rows: list[dict], results: list[dict]):
         rates = [row["request_rate"] for row in own]
         ax.plot(rates, [100 * row[key] for row in own], marker="os^Dv<>"[index % 7], markersize=3.5, linewidth=1.6,
                 label=name if num_panels == 1 else label, **style)  # fmt: skip
-        if key == "slo_attainment" and all(row["slo_attainment_min"] is not None for row in own):
+        if key == "slo_attainment":
             low, high = ([100 * row[f"slo_attainment_{end}"] for row in own] for end in ("min", "max"))
             ax.fill_between(rates, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            ax.vlines(rates, low, high, color=style["color"], alpha=0.5, linewidth=1.0)
     for panel, ax in enumerate(axes[0]):
         for target in (90, 99):
             ax.axhline(target, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
@@ -230,6 +249,7 @@ def draw_attainment(pyplot, rows: list[dict], results: list[dict]):
         ax.set_yticks([0, 20, 40, 60, 80, 90, 99])
         ax.grid(color="#e6e8ec", linewidth=0.6)
         ax.set_axisbelow(True)
-    axes[0][0].set_ylabel("percent of all issued requests")
+    has_seeds = any(row["slo_attainment_min"] < row["slo_attainment_max"] for row in rows)
+    axes[0][0].set_ylabel(f"percent of all issued requests{' (band: the seeds)' if has_seeds else ''}")
     axes[0][min(1, num_panels - 1)].legend(frameon=False, fontsize=8, loc="lower left")
     return figure
