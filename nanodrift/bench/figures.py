@@ -7,16 +7,10 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from nanodrift.bench.plots import COLORS, DASHES, INK
+from nanodrift.bench.plots import COLORS, INK, style_of
 
 SCALES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 2.0)
-MARKS = "os^Dv<>"
 GRID = {"color": "#e6e8ec", "linewidth": 0.6}
-
-
-def style_of(index: int) -> dict:
-    return {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)], "linewidth": 1.6,
-            "marker": MARKS[index % len(MARKS)], "markersize": 3.5}  # fmt: skip
 
 
 # --- one run, judged by tighter and looser promises -------------------------------------------------------------------

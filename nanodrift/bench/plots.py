@@ -23,6 +23,7 @@ from rich.console import Console
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), "-")
+MARKS = "os^Dv<>"
 INK, FAINT = "#2b2f36", "#8a909a"
 SHARES = (  # of all issued requests
     ("slo_attainment", "both promises kept"),
@@ -30,6 +31,13 @@ SHARES = (  # of all issued requests
     ("slo_attainment_tbt", "TBT kept"),
 )
 HELP = "no picture without matplotlib: pip install 'nanodrift[plots]' (the CSV is written all the same)"
+
+
+def style_of(index: int) -> dict:
+    """Of a line: colour, dash and mark change together; from the eighth line on the marks are others."""
+    which = index % len(COLORS)
+    mark = MARKS[(index + index // len(COLORS)) % len(MARKS)]
+    return {"color": COLORS[which], "linestyle": DASHES[which], "linewidth": 1.6, "marker": mark, "markersize": 3.5}
 
 
 def draw(
@@ -164,7 +172,7 @@ def draw_cdf(pyplot, rows: list[dict], results: list[dict]):
     for ax, key, slo, title in ((axes[0], "ttft_ms", "ttft_ms", "time to first token"),
                                 (axes[1], "tbt_ms", "tbt_ms", "time between tokens (every gap)")):  # fmt: skip
         for index, label in enumerate(labels):
-            style = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)], "linewidth": 1.6}
+            style = style_of(index) | {"marker": None}
             runs: dict[tuple, list[dict]] = {}
             for row in rows:
                 if row["label"] == label and row[key] is not None:
@@ -230,10 +238,9 @@ def draw_attainment(pyplot, rows: list[dict], results: list[dict]):
     for panel, (key, name), label in lines:
         index = panel if num_panels == 1 else labels.index(label)
         ax, own = axes[0][panel if num_panels > 1 else 0], [row for row in rows if row["label"] == label]
-        style = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)]}
+        style = style_of(index)
         rates = [row["request_rate"] for row in own]
-        ax.plot(rates, [100 * row[key] for row in own], marker="os^Dv<>"[index % 7], markersize=3.5, linewidth=1.6,
-                label=name if num_panels == 1 else label, **style)  # fmt: skip
+        ax.plot(rates, [100 * row[key] for row in own], label=name if num_panels == 1 else label, **style)
         if key == "slo_attainment":
             low, high = ([100 * row[f"slo_attainment_{end}"] for row in own] for end in ("min", "max"))
             ax.fill_between(rates, low, high, color=style["color"], alpha=0.15, linewidth=0)
