@@ -9,6 +9,7 @@ OWN_COMMAND_LINES = {  # modes with a parser of their own; explain, sim and a si
     "timeline": "timeline",
     "sim": "simulate",
     "sweep": "sweep",
+    "campaign": "campaign",
     "peers": "peers",
     "versus": "versus",
     "calibrate": "calibrate",

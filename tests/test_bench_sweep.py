@@ -2,11 +2,12 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from nanodrift.bench import figures, peers, plots, sweep, tables, two_devices, versus, workloads
+from nanodrift.bench import campaign, figures, peers, plots, sweep, tables, two_devices, versus, workloads
 from nanodrift.bench.arrivals import drawn
 from nanodrift.bench.load import CUT_OFF, LEAD_S, run_workload
 from nanodrift.bench.policies import parse, parse_all
@@ -59,6 +60,39 @@ def test_a_cut_sweep_goes_on_and_ends_as_if_it_had_not_been_cut(tmp_path, capsys
     assert run(cut, keep="--resume") == 0
     for name in ("points.jsonl", "requests.jsonl", "sweep.json"):
         assert (cut / name).read_text() == (whole / name).read_text()
+
+
+def test_a_campaign_is_several_sweeps_on_one_engine(tmp_path, capsys):
+    text = "# two of a folder, one alone\n" + "".join(
+        f"--policy {policy} --rates {rates} --output {tmp_path / name}\n"
+        for policy, rates, name in (("mux", "4", "a"), ("mux,turns", "4,8", "a"), ("turns", "8", "b"))
+    )
+    (tmp_path / "c.txt").write_text(text)
+    command = [str(tmp_path / "c.txt"), "--device", "sim", "--num-prompts", "12"]
+    assert campaign.main(command) == 0
+    assert run(tmp_path / "whole") == 0
+    both = [sorted((tmp_path / name / "points.jsonl").read_text().splitlines()) for name in ("a", "whole")]
+    assert both[0] == both[1] and len(lines_of(tmp_path / "b")) == 1
+    assert campaign.main(command) == 0 and len(lines_of(tmp_path / "a")) == 4, "what is there is kept"
+    capsys.readouterr()
+    refused = {
+        f"--model qwen3-8b --output {tmp_path / 'd'}": "another model",
+        "--rates 2": "--output DIR",
+        f"--slo-ttft-ms 77 --output {tmp_path / 'a'}": "slo_ttft_ms",
+    }
+    for line, message in refused.items():
+        (tmp_path / "c.txt").write_text(text + line)
+        assert campaign.main(command) == 2 and message in capsys.readouterr().err
+    (tmp_path / "c.txt").write_text("# nothing\n")
+    assert campaign.main(command) == 2 and "names no sweep" in capsys.readouterr().err
+
+
+def test_the_committed_campaign_is_what_its_file_says(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    text = Path("results/h200/campaign.txt").read_text()
+    common = text.splitlines()[0].split(".txt ")[1].split()
+    for options in campaign.read(campaign.commands(text, common)):
+        assert not sweep.Sweep(options, Console(quiet=True)).missing
 
 
 def test_what_goes_on_names_the_runs_before_it(tmp_path):
