@@ -5,6 +5,7 @@
     python bench.py throughput           offline: all prompts at once, fixed lengths
     python bench.py latency              prefill by length and decode step by batch, each beside its roofline
     python bench.py sweep | sim          policies x rates x promises in one process; the same on a simulated H200
+    python bench.py campaign | versus    several sweeps on one engine; a policy of a sweep against the others
     python bench.py explain              the scheduler on a simulated H200: each decision as a line
     python bench.py serve | run          a workload or trace on a server, or on the engine in this process
     python bench.py goodput              the highest request rate with the latency promises kept
