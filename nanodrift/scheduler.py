@@ -232,7 +232,7 @@ class Scheduler:
         ]
         room = self.max_prefill_tokens - sum(n for n, _ in prompts)
         for request in self.waiting.in_turn(now_s, self._pace_s) if room > 0 else ():
-            if room <= 0 or not self._fits(request):
+            if room <= 0 or not self._free_rows or not self._fits(request):
                 break
             num_tokens = request.num_new_tokens
             prompts.append((num_tokens, request.num_tokens - num_tokens))
@@ -401,7 +401,7 @@ class Scheduler:
         return Chunk(self._num_chunks, self._newest, tuple(new_blocks))
 
     def _fits(self, request: Request, num_kept_blocks: int = 0) -> bool:
-        """There is a row and room for it, and a block more for everybody under way: two if blocks ran out lately.
+        """There is room for it, and a block more for everybody under way: two if blocks ran out lately.
 
         So admission is not soon undone. What does not fit waits, and decode has the device until blocks come back. And
         the policy must see the decode steps of all who are under way keep the TBT of half of them with it.
@@ -409,7 +409,7 @@ class Scheduler:
         self.pool.match(request)
         num_blocks = self.pool.num_missing_blocks(request) + num_kept_blocks
         num_blocks += (len(self.prefilling) + len(self.running)) * (1 + self._is_tight)
-        if not self._free_rows or num_blocks > self.pool.num_available_blocks:
+        if num_blocks > self.pool.num_available_blocks:
             return False
         coming = [*self.prefilling, request]
         joined = self._decode.joined_by([r.num_tokens for r in coming])
@@ -418,7 +418,7 @@ class Scheduler:
 
     def _overtaker(self, now_s: float) -> Request | None:
         """The next in the queue, if it may go before the prompts under way, or before the rest of an open chunk."""
-        request = next(self.waiting.in_turn(now_s, self._pace_s), None) if self.prefilling else None
+        request = next(self.waiting.in_turn(now_s, self._pace_s), None) if self.prefilling and self._free_rows else None
         if request is None:
             return None
         if self._open:  # it need wait for the rest of this chunk only, and would have to make one of its own
